@@ -1,0 +1,84 @@
+"""initjax: what a neural network's initialization will do, computed before training.
+
+Names are resolved on first use, so that `initjax --help` starts without importing JAX.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from initjax import gaussian as gaussian
+    from initjax import initializers as initializers
+    from initjax.empirical import empirical_ntk as empirical_ntk
+    from initjax.empirical import measure as measure
+    from initjax.errors import InputError as InputError
+    from initjax.errors import NoCriticalPointError as NoCriticalPointError
+    from initjax.errors import NotElementwiseError as NotElementwiseError
+    from initjax.errors import QuadratureError as QuadratureError
+    from initjax.errors import UnstableCriticalPointWarning as UnstableCriticalPointWarning
+    from initjax.errors import UnsupportedLayerError as UnsupportedLayerError
+    from initjax.gaussian import Activation as Activation
+    from initjax.gaussian import gain as gain
+    from initjax.infinite import Kernel as Kernel
+    from initjax.infinite import kernel_fn as kernel_fn
+    from initjax.inspect import Inspection as Inspection
+    from initjax.inspect import inspect as inspect
+    from initjax.meanfield import CriticalPoint as CriticalPoint
+    from initjax.meanfield import FixedPoint as FixedPoint
+    from initjax.meanfield import PhaseDiagram as PhaseDiagram
+    from initjax.meanfield import Trajectory as Trajectory
+    from initjax.meanfield import critical as critical
+    from initjax.meanfield import critical_points as critical_points
+    from initjax.meanfield import fixed_point as fixed_point
+    from initjax.meanfield import phase_diagram as phase_diagram
+    from initjax.meanfield import propagate as propagate
+    from initjax.spectrum import condition_number as condition_number
+    from initjax.spectrum import effective_rank as effective_rank
+    from initjax.spectrum import max_learning_rate as max_learning_rate
+
+# public name -> the module that holds it; a module's own name stands for the module itself
+_HOME = {
+    "gaussian": "gaussian",
+    "initializers": "initializers",
+    "empirical_ntk": "empirical",
+    "measure": "empirical",
+    "InputError": "errors",
+    "NoCriticalPointError": "errors",
+    "NotElementwiseError": "errors",
+    "QuadratureError": "errors",
+    "UnstableCriticalPointWarning": "errors",
+    "UnsupportedLayerError": "errors",
+    "Activation": "gaussian",
+    "gain": "gaussian",
+    "Kernel": "infinite",
+    "kernel_fn": "infinite",
+    "Inspection": "inspect",
+    "inspect": "inspect",
+    "CriticalPoint": "meanfield",
+    "FixedPoint": "meanfield",
+    "PhaseDiagram": "meanfield",
+    "Trajectory": "meanfield",
+    "critical": "meanfield",
+    "critical_points": "meanfield",
+    "fixed_point": "meanfield",
+    "phase_diagram": "meanfield",
+    "propagate": "meanfield",
+    "condition_number": "spectrum",
+    "effective_rank": "spectrum",
+    "max_learning_rate": "spectrum",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'initjax' has no attribute {name!r}; it has {', '.join(__all__)}")
+    home = importlib.import_module(f"initjax.{_HOME[name]}")
+    value = home if name == _HOME[name] and name not in vars(home) else getattr(home, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return __all__

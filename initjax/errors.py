@@ -1,0 +1,50 @@
+"""The errors and warnings of initjax: each says what was given, what is accepted, why, and what to do next."""
+
+
+class InputError(ValueError):
+    """A request that cannot be answered, told in four parts.
+
+    Parameters
+    ----------
+    given : what was given, with its value.
+    accepted : what is accepted instead.
+    why : the reason.
+    remedy : what to do next.
+    """
+
+    def __init__(self, given: str, accepted: str, why: str, remedy: str):
+        self.given, self.accepted, self.why, self.remedy = given, accepted, why, remedy
+        super().__init__(f"{given}\n  Accepted: {accepted}\n  Why: {why}\n  Try: {remedy}")
+
+    def __reduce__(self):
+        return type(self), (self.given, self.accepted, self.why, self.remedy)
+
+
+class NotElementwiseError(InputError):
+    """An activation that changes shapes, mixes entries, or cannot be traced."""
+
+
+class QuadratureError(InputError):
+    """A Gaussian expectation that does not exist or that could not be computed to the promised accuracy."""
+
+
+class NoCriticalPointError(InputError):
+    """No sigma_w puts this activation on the edge of chaos at this sigma_b."""
+
+
+class UnsupportedLayerError(InputError):
+    """A layer that the exact infinite-width theory does not cover.
+
+    The attributes `layer` and `primitive` name the place in the model.
+    """
+
+    def __init__(self, given: str, accepted: str, why: str, remedy: str, layer: str = "", primitive: str = ""):
+        super().__init__(given, accepted, why, remedy)
+        self.layer, self.primitive = layer, primitive
+
+    def __reduce__(self):
+        return type(self), (self.given, self.accepted, self.why, self.remedy, self.layer, self.primitive)
+
+
+class UnstableCriticalPointWarning(UserWarning):
+    """The returned point has chi_1 = 1, but the variance map leaves it (chi_q > 1)."""

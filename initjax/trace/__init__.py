@@ -1,0 +1,1 @@
+"""Flax module and example input -> a program of weights with known distributions."""

@@ -1,0 +1,30 @@
+"""The one place that touches what may move in JAX: jaxpr types, the local float64 context, evaluating equations.
+
+Everything else in the package imports these names from here and stays on `jax`, `jax.numpy` and `jax.lax`.
+"""
+
+import contextlib
+
+import jax
+from jax.extend.core import ClosedJaxpr as ClosedJaxpr
+from jax.extend.core import Jaxpr as Jaxpr
+from jax.extend.core import JaxprEqn as JaxprEqn
+from jax.extend.core import Literal as Literal
+from jax.extend.core import Var as Var
+from jax.extend.core import jaxpr_as_fun as jaxpr_as_fun
+
+
+@contextlib.contextmanager
+def float64():
+    """Compute concrete values in float64, whatever the user's x64 flag, also while the user's function is traced.
+
+    Inside, only concrete values may be used. Take results out as NumPy arrays: a float64 `jax.Array` is
+    truncated by the first operation outside when the user's flag is off.
+    """
+    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+        yield
+
+
+def is_traced(*values) -> bool:
+    """Whether any leaf of `values` is a tracer (of jit, grad or vmap)."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
