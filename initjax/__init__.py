@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from initjax.gaussian import gain as gain
     from initjax.infinite import Kernel as Kernel
     from initjax.infinite import kernel_fn as kernel_fn
-    from initjax.inspect import Inspection as Inspection
-    from initjax.inspect import inspect as inspect
+    from initjax.inspection import Inspection as Inspection
+    from initjax.inspection import inspect as inspect
     from initjax.meanfield import CriticalPoint as CriticalPoint
     from initjax.meanfield import FixedPoint as FixedPoint
     from initjax.meanfield import PhaseDiagram as PhaseDiagram
@@ -52,8 +52,8 @@ _HOME = {
     "gain": "gaussian",
     "Kernel": "infinite",
     "kernel_fn": "infinite",
-    "Inspection": "inspect",
-    "inspect": "inspect",
+    "Inspection": "inspection",
+    "inspect": "inspection",
     "CriticalPoint": "meanfield",
     "FixedPoint": "meanfield",
     "PhaseDiagram": "meanfield",
