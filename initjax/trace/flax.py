@@ -304,7 +304,8 @@ def check_array(leaf, name: str):
         dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
     except Exception:
         dtype = np.dtype(object)
-    if dtype == object or not hasattr(leaf, "shape") and not isinstance(leaf, (bool, int, float, complex, list)):
+    numeric = hasattr(leaf, "shape") or isinstance(leaf, (bool, int, float, complex, list))
+    if not numeric or getattr(dtype, "kind", "") == "O":
         raise InputError(
             f"{name} of type {type(leaf).__name__}",
             "numeric arrays",

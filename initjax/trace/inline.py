@@ -1,0 +1,125 @@
+"""A jaxpr as one flat list of equations: nested calls inlined, dead equations removed, every value numbered."""
+
+import dataclasses
+from typing import Any
+
+from initjax.trace.jaxpr import ClosedJaxpr, Jaxpr, Literal
+
+# calls whose body is simply part of the program; control flow (scan, while, cond) is not among them
+_CALLS = {
+    "jit",
+    "pjit",
+    "closed_call",
+    "core_call",
+    "core_closed_call",
+    "remat",
+    "remat2",
+    "checkpoint",
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "custom_vjp_call_jaxpr",
+    "custom_lin",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Equation:
+    """One primitive applied to numbered values; `scope` is the author's name stack, such as `MLP/Dense_0`."""
+
+    primitive: Any
+    params: dict
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    scope: str
+
+    @property
+    def name(self) -> str:
+        return self.primitive.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Straight:
+    """A straight-line program over numbered values.
+
+    Attributes
+    ----------
+    inputs, outputs : numbers of the program's inputs and outputs.
+    constants : number -> value, for literals and arrays that the model closes over.
+    equations : in order; every one is needed by some output.
+    avals : number -> shape and dtype.
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    constants: dict[int, Any]
+    equations: tuple[Equation, ...]
+    avals: dict[int, Any]
+
+
+def inline(closed: ClosedJaxpr) -> Straight:
+    """Flatten a closed jaxpr; `constants` and `equations` hold only what the outputs need."""
+    constants: dict[int, Any] = {}
+    equations: list[Equation] = []
+    avals: dict[int, Any] = {}
+
+    def new(aval) -> int:
+        avals[len(avals)] = aval
+        return len(avals) - 1
+
+    def constant(value, aval) -> int:
+        number = new(aval)
+        constants[number] = value
+        return number
+
+    def run(jaxpr: Jaxpr, arguments: list[int], consts: list[int], scope: str) -> list[int]:
+        env = dict(zip(jaxpr.invars, arguments, strict=True)) | dict(zip(jaxpr.constvars, consts, strict=True))
+
+        def read(atom) -> int:
+            return constant(atom.val, atom.aval) if isinstance(atom, Literal) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            operands = [read(atom) for atom in eqn.invars]
+            stack = _join(scope, str(eqn.source_info.name_stack))
+            body = _body(eqn) if eqn.primitive.name in _CALLS else None
+            if body is None:
+                results = [new(var.aval) for var in eqn.outvars]
+                equations.append(Equation(eqn.primitive, eqn.params, tuple(operands), tuple(results), stack))
+            else:
+                inner, values = body
+                results = run(
+                    inner, operands, [constant(v, c.aval) for v, c in zip(values, inner.constvars, strict=True)], stack
+                )
+            env.update(zip(eqn.outvars, results, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    inputs = [new(var.aval) for var in closed.jaxpr.invars]
+    consts = [constant(v, c.aval) for v, c in zip(closed.consts, closed.jaxpr.constvars, strict=True)]
+    outputs = run(closed.jaxpr, inputs, consts, "")
+    return prune(Straight(tuple(inputs), tuple(outputs), constants, tuple(equations), avals))
+
+
+def prune(program: Straight, outputs: tuple[int, ...] | None = None) -> Straight:
+    """Keep the equations and constants that `outputs` (default: all outputs) need."""
+    outputs = program.outputs if outputs is None else outputs
+    needed = set(outputs)
+    kept = []
+    for equation in reversed(program.equations):
+        if needed.intersection(equation.outputs):
+            kept.append(equation)
+            needed.update(equation.inputs)
+    constants = {number: value for number, value in program.constants.items() if number in needed}
+    return Straight(program.inputs, outputs, constants, tuple(reversed(kept)), program.avals)
+
+
+def _body(eqn):
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        body = eqn.params.get(name)
+        if isinstance(body, ClosedJaxpr):
+            return body.jaxpr, body.consts
+        if isinstance(body, Jaxpr) and not body.constvars:
+            return body, []
+    return None
+
+
+def _join(scope: str, inner: str) -> str:
+    return "/".join(part for part in (scope, inner) if part)
