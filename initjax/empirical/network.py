@@ -1,0 +1,186 @@
+"""A network of any kind as `apply(params, x)`, and the Jacobian rows of a block of its examples."""
+
+import fnmatch
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from initjax.errors import InputError
+from initjax.trace.flax import as_functional, check_array, leaf_names
+from initjax.trace.jaxpr import is_traced
+
+
+class Network:
+    """`model_or_apply_fn` made ready for Jacobians; a Flax model is resolved on the first inputs it meets."""
+
+    def __init__(self, model_or_apply_fn: Any):
+        self._model = model_or_apply_fn
+        self._functional = None
+        self._apply = model_or_apply_fn if _is_apply_fn(model_or_apply_fn) else None
+        self._independent = False
+        self._rows = jax.jit(self._jacobian_rows, static_argnames=("chosen", "chunk", "outputs", "dtype"))
+
+    def prepare(self, params: Any, x: Any) -> Any:
+        """Resolve the model on `x`; the parameter tree its `apply` takes, from what the user calls its parameters."""
+        if self._apply is not None:
+            return params
+        if self._functional is None:
+            example = _one_example(x) if is_traced(x) else jax.tree.map(lambda a: jnp.asarray(a)[:1], x)
+            self._functional = as_functional(self._model, example)
+        functional = self._functional
+        if params is None and functional.values is not None:
+            return functional.values
+        if functional.kind == "linen" and hasattr(params, "keys") and "params" in params:
+            if others := sorted(set(params) - {"params"}):
+                raise InputError(
+                    f"variables of a linen module with the collections {['params', *others]}",
+                    'the tree of trainable parameters, variables["params"]',
+                    f"the kernel would be that of a freshly initialized {', '.join(others)}, not of the given one",
+                    'give a function: empirical_ntk(lambda p, x: model.apply({**variables, "params": p}, x))',
+                )
+            params = params["params"]
+        expected, names = functional.abstract_params, functional.leaf_names
+        if _shapes(params) != _shapes(expected):
+            raise InputError(
+                f"params with the leaf shapes {_shapes(params)}, and inputs of the shape {_input_shapes(x)}",
+                f"parameters of this model for such inputs: {dict(zip(names, _shapes(expected), strict=True))}",
+                "each parameter is differentiated where the model uses it",
+                "check the inputs' last axis, and give model.init(key, x)['params'] (linen) or "
+                "nnx.state(model, nnx.Param) (nnx) of this very model",
+            )
+        # an nnx.State and the plain dictionary of its values have the same leaves in the same order
+        return jax.tree.unflatten(jax.tree.structure(expected), jax.tree.leaves(params))
+
+    def outputs(self, params: Any, x: Any) -> int:
+        """Number of outputs for one example."""
+        result = jax.eval_shape(self._call, params, _one_example(x))
+        leaves = jax.tree.leaves(result)
+        if len(leaves) != 1 or not jnp.issubdtype(leaves[0].dtype, jnp.floating) or leaves[0].shape[:1] != (1,):
+            raise InputError(
+                f"a network that maps one example to {jax.tree.map(lambda a: f'{a.dtype}{list(a.shape)}', result)}",
+                "one real floating-point array with the examples along its first axis",
+                "the kernel pairs the outputs of two examples",
+                "wrap the network in a function apply_fn(params, x) that returns such an array",
+            )
+        return int(np.prod(leaves[0].shape[1:]))
+
+    def check_independent(self, params: Any, x: Any):
+        """Refuse, once, a network in which an example has a derivative with respect to another one."""
+        differentiable = all(jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating) for leaf in jax.tree.leaves(x))
+        if self._independent or not differentiable or is_traced(params, x) or examples(x, "x") < 2:
+            return
+
+        @jax.jit
+        def influence(params, x):
+            tangent = jax.tree.map(lambda a: jnp.ones_like(a).at[0].set(jnp.zeros((), a.dtype)), x)
+            change = jax.jvp(lambda x: self._call(params, x), (x,), (tangent,))[1]
+            return jnp.max(jnp.abs(change[0])), jnp.max(jnp.abs(change[1]))
+
+        other, own = influence(params, jax.tree.map(lambda a: jnp.asarray(a[:2]), x))
+        # exactly zero but for convolution algorithms that transform whole batches
+        if float(other) > 1e-3 * float(own):
+            raise InputError(
+                f"a network whose output on one example changes with another example (derivative {float(other):.3g}, "
+                f"beside {float(own):.3g} with respect to its own)",
+                "a network that treats each example alone",
+                "Theta(x, x') then depends on the whole batch, as with batch normalisation in training mode",
+                "evaluate with stored statistics, for example "
+                "empirical_ntk(lambda p, x: model.apply({**variables, 'params': p}, x, train=False))",
+            )
+        self._independent = True
+
+    def rows(self, params, x, start, *, chosen, chunk, outputs, dtype) -> list[jax.Array]:
+        """Gradients of outputs start .. start + chunk for the examples of `x`, one (n, chunk, size) array a parameter.
+
+        Outputs past the last one have zero rows.
+        """
+        return self._rows(params, x, start, chosen=chosen, chunk=chunk, outputs=outputs, dtype=dtype)
+
+    def _call(self, params, x):
+        apply = self._apply if self._functional is None else self._functional.apply
+        return apply(params, x)
+
+    def _jacobian_rows(self, params, x, start, *, chosen, chunk, outputs, dtype):
+        leaves, structure = jax.tree.flatten(params)
+
+        def one_example(x):
+            def flat_outputs(chosen_leaves):
+                given = iter(chosen_leaves)
+                merged = [next(given) if keep else leaf for leaf, keep in zip(leaves, chosen, strict=True)]
+                out = self._call(jax.tree.unflatten(structure, merged), jax.tree.map(lambda a: a[None], x))
+                return jax.tree.leaves(out)[0].reshape(outputs)
+
+            chosen_leaves = [leaf for leaf, keep in zip(leaves, chosen, strict=True) if keep]
+            out, pullback = jax.vjp(flat_outputs, chosen_leaves)
+            basis = jax.nn.one_hot(start + jnp.arange(chunk), outputs, dtype=out.dtype)
+            (gradients,) = jax.vmap(pullback)(basis)
+            return [g.reshape(chunk, -1).astype(dtype) for g in gradients]
+
+        return jax.vmap(one_example)(x)
+
+
+def examples(x: Any, name: str) -> int:
+    """Number of examples of a batch of inputs; refuses inputs that do not agree on one."""
+    leaves = jax.tree.leaves(x)
+    for leaf in leaves:
+        check_array(leaf, name)
+    lengths = {np.shape(leaf)[0] if np.ndim(leaf) else None for leaf in leaves}
+    if len(lengths) != 1 or None in lengths:
+        raise InputError(
+            f"{name} with leaves of the shapes {[np.shape(leaf) for leaf in leaves]}",
+            "an array, or a tree of arrays, that all have the same number of examples as their first axis",
+            "the kernel has one row for each example",
+            f"give {name}[None] for a single example, and close over arguments that are no examples",
+        )
+    return lengths.pop()
+
+
+def chosen_leaves(params: Any, params_filter: Any) -> tuple[bool, ...]:
+    """For each leaf of `params`, whether the kernel sums over it: floating-point and picked by the filter."""
+    leaves, names = jax.tree.leaves(params), leaf_names(params)
+    if params_filter is None:
+        picked = [True] * len(leaves)
+    elif isinstance(params_filter, str):
+        picked = [fnmatch.fnmatchcase(name, params_filter) for name in names]
+    else:
+        picked = [bool(params_filter(name, leaf)) for name, leaf in zip(names, leaves, strict=True)]
+    chosen = tuple(
+        keep and jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for keep, leaf in zip(picked, leaves, strict=True)
+    )
+    if not any(chosen):
+        raise InputError(
+            f"params_filter={params_filter!r} on parameters {list(names)}",
+            "a choice of at least one floating-point parameter",
+            "the kernel is a sum over the chosen parameters",
+            'patterns match the whole path: "*/kernel", "Dense_0/*"; None takes all parameters',
+        )
+    return chosen
+
+
+def _is_apply_fn(model) -> bool:
+    """Whether this is `apply_fn(params, x)`, and not a Flax module, a pair or a factory of one argument."""
+    if not inspect.isroutine(model) and not hasattr(model, "__wrapped__") and not hasattr(model, "func"):
+        return False
+    try:
+        parameters = inspect.signature(model).parameters.values()
+    except (TypeError, ValueError):  # a callable without a signature
+        return True
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return True
+    return sum(p.default is p.empty and p.kind is not p.KEYWORD_ONLY for p in parameters) > 1
+
+
+def _one_example(x):
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *np.shape(a)[1:]), jnp.result_type(a)), x)
+
+
+def _input_shapes(x):
+    shapes = _shapes(x)
+    return shapes[0] if len(shapes) == 1 else shapes
+
+
+def _shapes(params):
+    return [tuple(np.shape(leaf)) for leaf in jax.tree.leaves(params)]
