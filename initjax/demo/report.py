@@ -1,0 +1,211 @@
+"""What the demonstration found, as numbers, as a table and as JSON."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from initjax.demo.verdict import Estimate, Outcome, verdict
+
+
+class Series(NamedTuple):
+    """Means over seeds and their standard errors, along layers or steps.
+
+    Attributes
+    ----------
+    mean, standard_error : arrays of one shape.
+    """
+
+    mean: np.ndarray
+    standard_error: np.ndarray
+
+    @classmethod
+    def over(cls, samples: Any, axis: int = 0) -> "Series":
+        """Mean and standard error of the mean along `axis`; one sample has no error and gives nan."""
+        samples = np.asarray(samples, np.float64)
+        n = samples.shape[axis]
+        error = samples.std(axis, ddof=1) / np.sqrt(n) if n > 1 else np.full_like(samples.mean(axis), np.nan)
+        return cls(samples.mean(axis), error)
+
+    def at(self, index: int) -> Estimate:
+        """One entry."""
+        return Estimate(float(self.mean[index]), float(self.standard_error[index]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Predicted:
+    """Theory at infinite width, computed before training.
+
+    Attributes
+    ----------
+    phase : "ordered", "critical" or "chaotic".
+    chi : gradient gain per layer at the fixed point.
+    xi_grad, xi_c : depth scales of gradients (negative: exploding) and of correlations, in layers.
+    q : pre-activation second moment of layers 1 to depth.
+    gradient : second moment of the gradient of layer l relative to the last hidden layer, layers 1 to depth - 1.
+    ntk_condition_number : of the tangent kernel on the subset of training images.
+    trainable : whether this depth should learn.
+    """
+
+    phase: str
+    chi: float
+    xi_grad: float
+    xi_c: float
+    q: np.ndarray
+    gradient: np.ndarray
+    ntk_condition_number: float
+    trainable: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """The same at finite width, over random draws of the network.
+
+    Attributes
+    ----------
+    q : pre-activation second moment of layers 1 to depth.
+    log10_gradient : decimal logarithm of the gradient second moment relative to the last hidden layer.
+    log10_ntk_condition_number : decimal logarithm of the condition number of the empirical tangent kernel.
+
+    Ratios over many layers are products of random factors, so their logarithm is what has a mean and an error.
+    """
+
+    q: Series
+    log10_gradient: Series
+    log10_ntk_condition_number: Estimate
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """All about one initialization. `curve` is the test accuracy during training at the common learning rate."""
+
+    name: str
+    sigma_w: float
+    sigma_b: float
+    predicted: Predicted
+    measured: Measured
+    curve: Series
+    best_accuracy: float
+
+    def outcome(self) -> Outcome:
+        """What the verdict needs to know."""
+        return Outcome(
+            name=self.name,
+            trainable=self.predicted.trainable,
+            accuracy=self.curve.at(-1),
+            best_accuracy=self.best_accuracy,
+            gradient_ratio=float(self.predicted.gradient[0]),
+            measured_log10_gradient_ratio=self.measured.log10_gradient.at(0),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagram:
+    """The phase diagram behind the four points; grids are indexed [sigma_w, sigma_b]."""
+
+    sigma_w: np.ndarray
+    sigma_b: np.ndarray
+    chi_1: np.ndarray
+    trainable: np.ndarray
+    critical_line: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The whole demonstration.
+
+    Attributes
+    ----------
+    config : the sizes it was run at.
+    lines : one for each initialization.
+    diagram : the plane in which they lie.
+    steps : optimizer steps at which the accuracy was taken.
+    chance : accuracy of always guessing the most frequent class of the test set.
+    seconds : wall time.
+    """
+
+    config: Any
+    lines: tuple[Line, ...]
+    diagram: Diagram
+    steps: np.ndarray
+    chance: float
+    seconds: float
+
+    @property
+    def verdict(self) -> str:
+        """One sentence computed from the numbers."""
+        outcomes = [line.outcome() for line in self.lines]
+        return verdict(outcomes, depth=self.config.depth, steps=int(self.steps[-1]), chance=self.chance)
+
+    def to_dict(self) -> dict:
+        """Everything as dicts, lists, numbers and strings; infinities stay floats."""
+        data = dataclasses.asdict(self)
+        data["lines"] = [_named_tuples_to_dicts(dataclasses.asdict(line)) for line in self.lines]
+        return {"command": "demo", "verdict": self.verdict, **data}
+
+    def table(self) -> Any:
+        """The table of predictions, measurements and accuracies, for rich to print."""
+        from rich import box
+        from rich.table import Table
+
+        config = self.config
+        table = Table(
+            title=f"tanh network, depth {config.depth}, width {config.width}, on handwritten digits; "
+            f"measured = mean ± standard error over {config.seeds} networks",
+            box=box.SIMPLE_HEAVY,
+            title_justify="left",
+        )
+        table.add_column("")
+        for line in self.lines:
+            table.add_column(line.name, justify="right")
+        for title, cell in _ROWS:
+            table.add_row(title, *(cell(line) for line in self.lines), end_section=title in _LAST_OF_SECTION)
+        rate, rates = config.learning_rate, ", ".join(f"{rate:g}" for rate in config.learning_rates)
+        table.add_row(f"test accuracy (%), rate {rate:g}", *(_percent(line.curve.at(-1)) for line in self.lines))
+        if len(config.learning_rates) > 1:
+            table.add_row(f"  best of rates {rates}", *(f"{100 * line.best_accuracy:.1f}" for line in self.lines))
+        return table
+
+
+def _percent(estimate: Estimate) -> str:
+    return f"{100 * estimate.mean:.1f} ± {100 * estimate.standard_error:.1f}"
+
+
+def _plain(value: float) -> str:
+    return "inf" if np.isinf(value) else f"{value:.3g}"
+
+
+def _power(estimate: Estimate) -> str:
+    """A quantity measured by its decimal logarithm, with the error as a factor."""
+    if not np.isfinite(estimate.mean):
+        return "inf" if estimate.mean > 0 else "0"
+    return f"{10**estimate.mean:.2g} ×/÷ {10**estimate.standard_error:.2g}"
+
+
+def _absolute(estimate: Estimate) -> str:
+    return f"{estimate.mean:.3g} ± {estimate.standard_error:.1g}"
+
+
+_ROWS = (
+    ("sigma_w", lambda line: f"{line.sigma_w:.4g}"),
+    ("sigma_b", lambda line: f"{line.sigma_b:.4g}"),
+    ("phase", lambda line: line.predicted.phase),
+    ("chi, gradient gain per layer", lambda line: f"{line.predicted.chi:.4f}"),
+    ("depth scale (layers)", lambda line: _plain(min(abs(line.predicted.xi_grad), line.predicted.xi_c))),
+    ("trainable at this depth?", lambda line: "yes" if line.predicted.trainable else "no"),
+    ("q, last layer: predicted", lambda line: _plain(line.predicted.q[-1])),
+    ("  measured", lambda line: _absolute(line.measured.q.at(-1))),
+    ("gradient first/last: predicted", lambda line: f"{line.predicted.gradient[0]:.2g}"),
+    ("   measured", lambda line: _power(line.measured.log10_gradient.at(0))),
+    ("NTK condition number: predicted", lambda line: f"{line.predicted.ntk_condition_number:.2g}"),
+    ("    measured", lambda line: _power(line.measured.log10_ntk_condition_number)),
+)
+_LAST_OF_SECTION = ("trainable at this depth?", "    measured")
+
+
+def _named_tuples_to_dicts(value: Any) -> Any:
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {key: _named_tuples_to_dicts(item) for key, item in value.items()}
+    return value
