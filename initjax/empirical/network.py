@@ -2,6 +2,7 @@
 
 import fnmatch
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,8 +19,8 @@ class Network:
 
     def __init__(self, model_or_apply_fn: Any):
         self._model = model_or_apply_fn
-        self._functional = None
-        self._apply = model_or_apply_fn if _is_apply_fn(model_or_apply_fn) else None
+        self._functional: Any = None
+        self._apply: Any = model_or_apply_fn if _is_apply_fn(model_or_apply_fn) else None
         self._independent = False
         self._rows = jax.jit(self._jacobian_rows, static_argnames=("chosen", "chunk", "outputs", "dtype"))
 
@@ -33,7 +34,7 @@ class Network:
         functional = self._functional
         if params is None and functional.values is not None:
             return functional.values
-        if functional.kind == "linen" and hasattr(params, "keys") and "params" in params:
+        if functional.kind == "linen" and isinstance(params, Mapping) and "params" in params:
             if others := sorted(set(params) - {"params"}):
                 raise InputError(
                     f"variables of a linen module with the collections {['params', *others]}",
@@ -135,7 +136,7 @@ def examples(x: Any, name: str) -> int:
             "the kernel has one row for each example",
             f"give {name}[None] for a single example, and close over arguments that are no examples",
         )
-    return lengths.pop()
+    return int(lengths.pop() or 0)
 
 
 def chosen_leaves(params: Any, params_filter: Any) -> tuple[bool, ...]:
