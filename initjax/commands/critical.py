@@ -8,7 +8,7 @@ import click
 from initjax.commands.output import collected_warnings, figure, output_options, save, show
 
 
-@click.command(name="critical")
+@click.command(name="critical", short_help="The weight scale on the edge of chaos.")
 @click.argument("phi")
 @click.option("--sigma-b", type=float, default=0.0, show_default=True, help="Bias standard deviation, >= 0.")
 @click.option("--all", "every", is_flag=True, help="Every critical point at this sigma_b, not only the primary one.")
@@ -40,7 +40,9 @@ def command(phi: str, sigma_b: float, every: bool, as_json: bool, out: Path | No
     ]
     data = {"command": "critical", "phi": phi, "sigma_b": sigma_b, "points": rows}
     saved = save(out, "critical", data, _draw(activation, phi, sigma_b, rows)) if out else []
-    show(data, [] if as_json else [_table(phi, rows), _how_to_use(phi, rows)], as_json=as_json, saved=saved, notes=notes)
+    show(
+        data, [] if as_json else [_table(phi, rows), _how_to_use(phi, rows)], as_json=as_json, saved=saved, notes=notes
+    )
 
 
 def _table(phi: str, rows: list[dict]):

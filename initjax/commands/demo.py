@@ -7,7 +7,7 @@ import click
 from initjax.commands.output import collected_warnings, output_options, save, show
 
 
-@click.command(name="demo")
+@click.command(name="demo", short_help="Predict, measure and train four initializations on real images.")
 @output_options
 def command(as_json: bool, out: Path | None) -> None:
     """Predict which initializations of a deep network can be trained on handwritten digits; then train them.

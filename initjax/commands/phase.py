@@ -30,11 +30,13 @@ class _Span(click.ParamType):
         return numbers
 
 
-@click.command(name="phase")
+@click.command(name="phase", short_help="Ordered, critical or chaotic: the map, or one point of it.")
 @click.argument("phi")
 @click.option("--sigma-w", type=_Span(), default="0.5:3", show_default=True, help="Weight scale, or a range low:high.")
 @click.option("--sigma-b", type=_Span(), default="0:1", show_default=True, help="Bias scale, or a range low:high.")
-@click.option("--points", type=click.IntRange(2, 2000), default=101, show_default=True, help="Grid points on each axis.")
+@click.option(
+    "--points", type=click.IntRange(2, 2000), default=101, show_default=True, help="Grid points on each axis."
+)
 @output_options
 def command(phi: str, sigma_w: tuple, sigma_b: tuple, points: int, as_json: bool, out: Path | None) -> None:
     """Ordered, critical or chaotic: what deep networks with PHI do at each weight and bias scale.
@@ -66,7 +68,14 @@ def _one_point(activation, phi: str, sigma_w: float, sigma_b: float, as_json: bo
     with collected_warnings() as notes:
         point = meanfield.fixed_point(activation, sigma_w, sigma_b)
     numbers = {name: float(getattr(point, name)) for name in POINT_FIELDS}
-    data = {"command": "phase", "phi": phi, "sigma_w": sigma_w, "sigma_b": sigma_b, "phase": str(point.phase), **numbers}
+    data = {
+        "command": "phase",
+        "phi": phi,
+        "sigma_w": sigma_w,
+        "sigma_b": sigma_b,
+        "phase": str(point.phase),
+        **numbers,
+    }
     saved = save(out, "phase", data, _draw_point(activation, phi, data)) if out else []
     tables = []
     if not as_json:
@@ -121,3 +130,57 @@ def _diagram(activation, phi: str, sigma_w, sigma_b, points: int, as_json: bool,
         saved = save(out, "phase", data, drawing)
     tables = [] if as_json else [_map(phi, phase, weights, biases), _line_table(phi, biases, line)]
     show(data, tables, as_json=as_json, saved=saved, notes=notes)
+
+
+def _map(phi: str, phase, sigma_w, sigma_b):
+    """The diagram in letters, sigma_w to the right and sigma_b upwards, coarse enough for a terminal."""
+    import numpy as np
+    from rich.text import Text
+
+    columns = np.linspace(0, len(sigma_w) - 1, min(60, len(sigma_w))).astype(int)
+    rows = np.linspace(len(sigma_b) - 1, 0, min(16, len(sigma_b))).astype(int)
+    colours = {"ordered": "blue", "critical": "bold", "chaotic": "red", "unbounded": "magenta"}
+    text = Text(f"Phases of {phi}, sigma_b upwards, sigma_w to the right\n")
+    for row in rows:
+        text.append(f"{sigma_b[row]:6.3g} ")
+        for column in columns:
+            name = str(phase[column, row])
+            text.append(LETTERS.get(name, "?"), style=colours.get(name, ""))
+        text.append("\n")
+    text.append(f"{'':7}{sigma_w[0]:<{max(1, len(columns) - 6)}.3g}{sigma_w[-1]:>6.3g}\n")
+    shown = [name for name in LETTERS if (phase == name).any()]
+    text.append("   ".join(f"{LETTERS[name]} {name}" for name in shown))
+    return text
+
+
+def _line_table(phi: str, sigma_b, line):
+    import numpy as np
+    from rich.table import Table
+
+    table = Table(title=f"Edge of chaos of {phi}: chi_1 = 1", title_justify="left")
+    table.add_column("sigma_b", justify="right")
+    table.add_column("critical sigma_w", justify="right")
+    for index in np.unique(np.linspace(0, len(sigma_b) - 1, 6).astype(int)):
+        table.add_row(f"{sigma_b[index]:.4g}", f"{line[index]:.8g}" if np.isfinite(line[index]) else "none")
+    return table
+
+
+def _draw_point(activation, phi: str, data: dict):
+    """How the second moment and the correlation of two inputs move from layer to layer at this point."""
+    import numpy as np
+
+    from initjax import meanfield
+
+    depth = 50
+    path = meanfield.propagate(activation, data["sigma_w"], data["sigma_b"], depth)
+    drawing, (left, right) = figure(ncols=2, figsize=(9, 3.8))
+    layers = np.arange(depth + 1)
+    left.plot(layers, np.asarray(path.q), color="#0072B2")
+    left.set_ylabel("second moment of a pre-activation, q")
+    right.plot(layers, np.asarray(path.c), color="#D55E00")
+    right.set_ylabel("correlation of two inputs, c")
+    right.set_ylim(-0.02, 1.02)
+    for axes in (left, right):
+        axes.set_xlabel("layer")
+    drawing.suptitle(f"{phi}, sigma_w = {data['sigma_w']:g}, sigma_b = {data['sigma_b']:g}: {data['phase']}")
+    return drawing

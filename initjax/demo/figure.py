@@ -17,6 +17,7 @@ STYLE = {
     "critical": ("#000000", "o"),
     "hot": ("#D55E00", "^"),
 }
+LABELS = {"cold": (-4, 10), "Xavier": (-2, -20), "critical": (18, 10), "hot": (0, 10)}
 ORDERED, TRAINABLE, CHAOTIC = "#DCE9F5", "#FFF3B8", "#F8DDD0"
 
 
@@ -45,34 +46,34 @@ def draw(report: "Report") -> Any:
 def _phase(axes, report: "Report") -> None:
     """Panel a: the plane of initializations, with the band in which this depth is predicted to be trainable."""
     diagram, depth = report.diagram, report.config.depth
-    regions = np.where(diagram.trainable, 1, np.where(diagram.chi_1 < 1, 0, 2))
     axes.contourf(
-        diagram.sigma_w, diagram.sigma_b, regions.T, levels=(-0.5, 0.5, 1.5, 2.5), colors=(ORDERED, TRAINABLE, CHAOTIC)
+        diagram.sigma_w,
+        diagram.sigma_b,
+        diagram.excess.T,
+        levels=(-np.inf, -1, 1, np.inf),
+        colors=(ORDERED, TRAINABLE, CHAOTIC),
     )
     axes.plot(diagram.critical_line, diagram.sigma_b, color="0.25", linewidth=1.5, linestyle="--")
-    middle = int(0.62 * len(diagram.sigma_b))
+    middle = int(0.55 * len(diagram.sigma_b))
     axes.annotate(
         "edge of chaos\n$\\chi_1 = 1$",
         (diagram.critical_line[middle], diagram.sigma_b[middle]),
-        xytext=(12, -10),
+        xytext=(8, -14),
         textcoords="offset points",
         fontsize=9,
         color="0.25",
     )
-    top = diagram.sigma_b[-1]
-    text = dict(ha="center", va="top", fontsize=10)
-    left, right = diagram.sigma_w[0], diagram.sigma_w[-1]
-    axes.text(left + 0.14 * (right - left), 0.97 * top, "ordered\ngradients vanish", **text)
-    axes.text(left + 0.82 * (right - left), 0.97 * top, "chaotic\ngradients explode", **text)
+    left, right, top = diagram.sigma_w[0], diagram.sigma_w[-1], diagram.sigma_b[-1]
+    for place, text in ((0.15, "ordered\ngradients vanish"), (0.8, "chaotic\ngradients explode")):
+        axes.text(left + place * (right - left), 0.97 * top, text, ha="center", va="top", fontsize=10)
     for line in report.lines:
         colour, marker = STYLE[line.name]
-        axes.plot(
-            line.sigma_w, line.sigma_b, marker, color=colour, markersize=10, markeredgecolor="white", zorder=5
-        )
+        axes.plot(line.sigma_w, line.sigma_b, marker, color=colour, markersize=10, markeredgecolor="white", zorder=5)
+        # the three that lie close together get their names at different heights
         axes.annotate(
             line.name,
             (line.sigma_w, line.sigma_b),
-            xytext=(0, -17 if line.name in ("Xavier", "hot", "cold") else 9),
+            xytext=LABELS[line.name],
             textcoords="offset points",
             ha="center",
             color=colour,
@@ -105,7 +106,7 @@ def _signal(upper, lower, report: "Report") -> None:
     upper.set_ylabel("signal $q$")
     lower.set_ylabel("gradient second moment,\nrelative to the last layer")
     lower.set_xlabel("layer")
-    upper.set_title(f"b. Line = predicted, points = measured ({report.config.seeds} networks each)", loc="left")
+    upper.set_title(f"b. Line = predicted, points = measured, {report.config.draws} networks", loc="left")
 
 
 def _training(axes, report: "Report") -> None:

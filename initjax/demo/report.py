@@ -101,12 +101,18 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Diagram:
-    """The phase diagram behind the four points; grids are indexed [sigma_w, sigma_b]."""
+    """The phase diagram behind the four points; grids are indexed [sigma_w, sigma_b].
+
+    Attributes
+    ----------
+    sigma_w, sigma_b : the axes.
+    excess : depth over the depth at which training should stop, negative in the ordered phase; -1 to 1 is trainable.
+    critical_line : sigma_w on the edge of chaos for each sigma_b.
+    """
 
     sigma_w: np.ndarray
     sigma_b: np.ndarray
-    chi_1: np.ndarray
-    trainable: np.ndarray
+    excess: np.ndarray
     critical_line: np.ndarray
 
 
@@ -150,25 +156,28 @@ class Report:
 
         config = self.config
         table = Table(
-            title=f"tanh network, depth {config.depth}, width {config.width}, on handwritten digits; "
-            f"measured = mean ± standard error over {config.seeds} networks",
+            title=f"tanh network, depth {config.depth}, width {config.width}, on handwritten digits",
+            caption=f"measured: mean and standard error of {config.draws} networks (×÷: error as a factor); "
+            f"accuracy: of {config.seeds}",
             box=box.SIMPLE_HEAVY,
+            pad_edge=False,
+            padding=(0, 1),
             title_justify="left",
+            caption_justify="left",
         )
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         for line in self.lines:
-            table.add_column(line.name, justify="right")
+            table.add_column(line.name, justify="right", no_wrap=True)
         for title, cell in _ROWS:
             table.add_row(title, *(cell(line) for line in self.lines), end_section=title in _LAST_OF_SECTION)
-        rate, rates = config.learning_rate, ", ".join(f"{rate:g}" for rate in config.learning_rates)
-        table.add_row(f"test accuracy (%), rate {rate:g}", *(_percent(line.curve.at(-1)) for line in self.lines))
+        table.add_row("test accuracy %", *(_percent(line.curve.at(-1)) for line in self.lines))
         if len(config.learning_rates) > 1:
-            table.add_row(f"  best of rates {rates}", *(f"{100 * line.best_accuracy:.1f}" for line in self.lines))
+            table.add_row("  at best rate", *(f"{100 * line.best_accuracy:.1f}" for line in self.lines))
         return table
 
 
 def _percent(estimate: Estimate) -> str:
-    return f"{100 * estimate.mean:.1f} ± {100 * estimate.standard_error:.1f}"
+    return f"{100 * estimate.mean:.1f}±{100 * estimate.standard_error:.1f}"
 
 
 def _plain(value: float) -> str:
@@ -179,28 +188,28 @@ def _power(estimate: Estimate) -> str:
     """A quantity measured by its decimal logarithm, with the error as a factor."""
     if not np.isfinite(estimate.mean):
         return "inf" if estimate.mean > 0 else "0"
-    return f"{10**estimate.mean:.2g} ×/÷ {10**estimate.standard_error:.2g}"
+    return f"{10**estimate.mean:.2g} ×÷{10**estimate.standard_error:.2g}"
 
 
 def _absolute(estimate: Estimate) -> str:
-    return f"{estimate.mean:.3g} ± {estimate.standard_error:.1g}"
+    return f"{estimate.mean:.3g}±{estimate.standard_error:.1g}"
 
 
 _ROWS = (
     ("sigma_w", lambda line: f"{line.sigma_w:.4g}"),
     ("sigma_b", lambda line: f"{line.sigma_b:.4g}"),
     ("phase", lambda line: line.predicted.phase),
-    ("chi, gradient gain per layer", lambda line: f"{line.predicted.chi:.4f}"),
-    ("depth scale (layers)", lambda line: _plain(min(abs(line.predicted.xi_grad), line.predicted.xi_c))),
-    ("trainable at this depth?", lambda line: "yes" if line.predicted.trainable else "no"),
-    ("q, last layer: predicted", lambda line: _plain(line.predicted.q[-1])),
+    ("chi per layer", lambda line: f"{line.predicted.chi:.4f}"),
+    ("depth scale", lambda line: _plain(min(abs(line.predicted.xi_grad), line.predicted.xi_c))),
+    ("should train?", lambda line: "yes" if line.predicted.trainable else "no"),
+    ("q at last layer", lambda line: _plain(line.predicted.q[-1])),
     ("  measured", lambda line: _absolute(line.measured.q.at(-1))),
-    ("gradient first/last: predicted", lambda line: f"{line.predicted.gradient[0]:.2g}"),
+    ("grad first/last", lambda line: f"{line.predicted.gradient[0]:.1e}"),
     ("   measured", lambda line: _power(line.measured.log10_gradient.at(0))),
-    ("NTK condition number: predicted", lambda line: f"{line.predicted.ntk_condition_number:.2g}"),
+    ("NTK condition", lambda line: f"{line.predicted.ntk_condition_number:.1e}"),
     ("    measured", lambda line: _power(line.measured.log10_ntk_condition_number)),
 )
-_LAST_OF_SECTION = ("trainable at this depth?", "    measured")
+_LAST_OF_SECTION = ("should train?", "    measured")
 
 
 def _named_tuples_to_dicts(value: Any) -> Any:

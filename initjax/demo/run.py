@@ -18,7 +18,8 @@ class DemoConfig:
     ----------
     depth : weight layers.
     width : units of each hidden layer.
-    seeds : random networks of each initialization, for measurements and for training.
+    draws : random networks of each initialization that are measured.
+    seeds : random networks of each initialization that are trained, at each learning rate.
     ntk_images : training images in the tangent kernels.
     steps, batch, evaluations : optimizer steps, images in each, and how often the test accuracy is taken.
     learning_rates : all are tried; the middle one draws the curves.
@@ -28,6 +29,7 @@ class DemoConfig:
 
     depth: int = 40
     width: int = 100
+    draws: int = 8
     seeds: int = 3
     ntk_images: int = 40
     steps: int = 400
@@ -38,7 +40,16 @@ class DemoConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name, least in (("depth", 3), ("width", 2), ("seeds", 2), ("ntk_images", 2), ("steps", 1), ("batch", 1)):
+        least_sizes = (
+            ("depth", 3),
+            ("width", 2),
+            ("draws", 2),
+            ("seeds", 2),
+            ("ntk_images", 2),
+            ("steps", 1),
+            ("batch", 1),
+        )
+        for name, least in least_sizes:
             if getattr(self, name) < least:
                 raise InputError(
                     given=f"{name} = {getattr(self, name)}.",
@@ -86,7 +97,7 @@ def run(config: DemoConfig | None = None, progress: Callable[[str, int], Callabl
 
     advance = progress("Predicting at infinite width", 5)
     setups = network.four_setups()
-    background = theory.diagram(config.diagram_points, config.depth, (0.5, 3.0), (0.0, 0.5))
+    background = theory.diagram(config.diagram_points, config.depth, (0.5, 2.75), (0.0, 0.3))
     advance(1)
     predicted = []
     for setup in setups:
@@ -96,7 +107,7 @@ def run(config: DemoConfig | None = None, progress: Callable[[str, int], Callabl
     advance = progress("Measuring at finite width", len(setups))
     measured = []
     for setup in setups:
-        measured.append(theory.measure(setup, config.depth, config.width, images, config.seeds, measure_key))
+        measured.append(theory.measure(setup, config.depth, config.width, images, config.draws, measure_key))
         advance(1)
 
     curves = training.train(

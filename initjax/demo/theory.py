@@ -8,7 +8,7 @@ import numpy as np
 
 from initjax.demo.network import Setup
 from initjax.demo.report import Diagram, Measured, Predicted, Series
-from initjax.demo.verdict import is_trainable
+from initjax.demo.verdict import DEPTH_SCALES, is_trainable
 
 
 def predict(setup: Setup, depth: int, width: int, images: np.ndarray) -> Predicted:
@@ -36,15 +36,16 @@ def predict(setup: Setup, depth: int, width: int, images: np.ndarray) -> Predict
 
 
 def backward(chi: np.ndarray) -> np.ndarray:
-    """Gradient second moment of each hidden layer over that of the last, from the gain of each: prod of chi between them.
+    """Gradient second moment at each hidden layer over that at the last: the product of the gains on the way back.
+
+    The gradient that arrives at pre-activation l is multiplied by phi'(h^l)^2, so the last layer's own gain drops out.
 
     Examples
     --------
-    >>> backward(np.array([0.5, 0.5, 2.0])).tolist()
+    >>> backward(np.array([0.5, 2.0, 3.0])).tolist()
     [1.0, 2.0, 1.0]
     """
-    gains = np.append(chi[1:], 1.0)  # gain between layer l and layer l + 1 is that of layer l + 1's input
-    return np.cumprod(gains[::-1])[::-1]
+    return np.cumprod(np.append(chi[:-1], 1.0)[::-1])[::-1]
 
 
 def diagram(points: int, depth: int, sigma_w: tuple[float, float], sigma_b: tuple[float, float]) -> Diagram:
@@ -54,7 +55,7 @@ def diagram(points: int, depth: int, sigma_w: tuple[float, float], sigma_b: tupl
     weights, biases = np.linspace(*sigma_w, points), np.linspace(*sigma_b, points)
     found = meanfield.phase_diagram(jnp.tanh, weights, biases)
     chi = np.asarray(found.chi_1)
-    with np.errstate(divide="ignore"):
-        xi_grad = -1 / np.log(chi)
-    trainable = np.vectorize(is_trainable, excluded={0}, otypes=[bool])(depth, xi_grad, np.asarray(found.xi_c))
-    return Diagram(weights, biases, chi, trainable, np.asarray(found.critical_line))
+    # rates, 1 / xi, pass smoothly through zero on the critical line where depth scales are infinite
+    rate = np.maximum(np.abs(np.log(chi)), 1 / np.asarray(found.xi_c))
+    excess = np.where(chi < 1, -1, 1) * depth * rate / DEPTH_SCALES
+    return Diagram(weights, biases, excess, np.asarray(found.critical_line))
