@@ -237,9 +237,11 @@ def _quadratic(xp, p, r, q1, q2, c, s):
 
 def _wave_dual(xp, p, r, q1, q2, c, s):
     (w, a, b, m), (v, d, e, n) = p, r
-    x, y = w * w * q1, v * v * q2
-    k = w * v * c * xp.sqrt(q1) * xp.sqrt(q2)
-    plus, minus = xp.exp(-(x + y) / 2 + k), xp.exp(-(x + y) / 2 - k)
+    left, right = w * xp.sqrt(q1), v * xp.sqrt(q2)
+    x, y, k = left * left, right * right, left * right * c
+    # -(x + y)/2 +- k written so that nothing large cancels: at q = 1e8 its rounding would cost eight digits
+    apart = -((left - right) ** 2) / 2
+    plus, minus = xp.exp(apart - left * right * (1 - c)), xp.exp(apart - left * right * (1 + c))
     small = xp.clip(k, -1.0, 1.0)  # the difference of exponentials loses digits for small k, sinh overflows for large
     sinh = xp.where(xp.abs(k) < 1, xp.exp(-(x + y) / 2) * xp.sinh(small), (plus - minus) / 2)
     return a * d * sinh + b * e * (plus + minus) / 2 + m * n + m * e * xp.exp(-y / 2) + b * n * xp.exp(-x / 2)

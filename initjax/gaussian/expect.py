@@ -93,8 +93,9 @@ def _checked(act, functional, mean, q):
     few = slice(0, q.size, max(1, q.size // 16))
     coarse_u, coarse_w, coarse_z = gaussian_rule(act, mean[few], q[few], LOW_ORDER, reach)
     coarse, _, _ = _sum(act, functional, coarse_u, coarse_w, coarse_z, reach)
-    error = np.abs(coarse - value[:, few]) / np.maximum(magnitude[:, few], 1e-300)
-    lost = outside / np.maximum(magnitude, 1e-300)
+    with np.errstate(invalid="ignore"):
+        error = np.abs(coarse - value[:, few]) / np.maximum(magnitude[:, few], 1e-300)
+        lost = outside / np.maximum(magnitude, 1e-300)
     if np.any(~np.isfinite(value)) or np.any(error > TOLERANCE) or np.any(lost > 1e-12):
         bad = ~np.isfinite(value).all(axis=0) | (lost > 1e-12).any(axis=0)
         at = float(q[bad][0] if bad.any() else q[few][np.argmax(error.max(axis=0))])

@@ -1,0 +1,85 @@
+r"""The correlation map C(c) = [sigma_w^2 E[phi(u) phi(v)] + sigma_b^2] / q and its attracting fixed point c*.
+
+At a fixed point q of the variance map, sigma_b drops out: 1 - C(c) = (sigma_w^2 / q) (M(q) - Gamma(q, c)), so
+    c* solves  sigma_w^2 w(q, c) = 1,   w(q, c) = (M - Gamma) / (q (1 - c)),   w(q, 1) = D(q),
+and w falls as c does (Gamma is convex on [0, 1]). Solved in log(1 - c), so that gelu's 1 - c* = 7e-4 is not missed.
+"""
+
+import numpy as np
+
+from initjax.gaussian.activation import Activation
+from initjax.gaussian.closed import recognise
+from initjax.gaussian.dual import host_pair
+from initjax.gaussian.nodes import ORDER, legendre
+from initjax.gaussian.series import resolved_coefficients
+
+
+def width_function(act: Activation, q: float, moment: float):
+    """w(q, c) as a function of an array 1 - c, in whichever form keeps the digits of M - Gamma."""
+    member = recognise(act)
+    if member is None:
+        a = resolved_coefficients(act, np.array([q]))
+        if a is not None:
+            square, degree = a[0] ** 2, np.arange(a.shape[1])
+
+            def by_series(delta):
+                delta = np.atleast_1d(delta)[:, None]
+                # (1 - c^k) / (1 - c) without subtracting where c is near 1
+                near = -np.expm1(degree * np.log1p(-np.minimum(delta, 0.5)))
+                return np.where(delta < 0.5, near, 1 - (1 - delta) ** degree) / delta @ square / q
+
+            return by_series
+
+    nodes, weights = legendre(ORDER)
+    root_t = (nodes + 1) / 2  # t = s^2 removes the square root that a kink leaves at c = 1
+
+    def otherwise(delta):
+        delta = np.atleast_1d(delta)
+        out = np.empty_like(delta)
+        small = delta * q < 0.1
+        if small.any():  # w = mean of Gamma' over [c, 1]: the difference M - Gamma would lose its digits
+            c = 1 - delta[small, None] * root_t**2
+            qs = np.full_like(c, q)
+            out[small] = host_pair(act.prime, act.prime, qs, qs, c) @ (weights * root_t)
+        rest = delta[~small]
+        if rest.size:
+            qs = np.full_like(rest, q)
+            out[~small] = (moment - host_pair(act, act, qs, qs, 1 - rest)) / (q * rest)
+        return out
+
+    return otherwise
+
+
+def attracting_correlation(act: Activation, q: float, moment: float, variance_w: float, variance_b: float):
+    """(1 - c*, chi_c) in the chaotic phase, chi_1 > 1."""
+    width = width_function(act, q, moment)
+
+    def gap(x):
+        return float(variance_w * width(np.exp(x))[0] - 1)
+
+    zero = gap(0.0)
+    if zero >= -1e-14:  # c* = 0: no bias and E[phi] = 0
+        delta = 1.0
+    else:
+        low = np.log(1e-15)
+        f_low = gap(low)
+        delta = float(np.exp(_root(gap, low, 0.0, f_low, zero))) if f_low > 0 else 0.0
+    slope = host_pair(act.prime, act.prime, np.array([q]), np.array([q]), np.array([1 - delta]))[0]
+    return delta, float(variance_w * slope)
+
+
+def _root(f, low, high, f_low, f_high):
+    """Illinois iteration: superlinear, and never leaves its bracket."""
+    for _ in range(200):
+        middle = (low * f_high - high * f_low) / (f_high - f_low)
+        value = f(middle)
+        if value == 0 or abs(high - low) < 1e-15 * max(1.0, abs(middle)):
+            return middle
+        if value * f_high < 0:
+            low, f_low = high, f_high
+        else:
+            f_low *= 0.5
+        if abs(middle - high) < 4e-16 * max(1.0, abs(middle)):
+            return middle
+        high, f_high = middle, value
+    return high

@@ -1,0 +1,427 @@
+r"""The edge of chaos: (sigma_w, q) with chi_1 = 1 at a fixed point of the variance map, for given sigma_b.
+
+No two-dimensional root finding: every q > 0 lies on the critical line of exactly one pair
+    sigma_w(q)^2 = 1 / D(q),    sigma_b(q)^2 = f(q) = q - M(q) / D(q)     (where f >= 0),
+so the line is read off as a curve, and a given sigma_b^2 is looked up on it: all roots, each with chi_q = M'(q) / D(q).
+Near q = 0, f is a difference of nearly equal numbers; there q D - M = sum_k (k - 1) a_k^2 in Hermite coefficients keeps
+its digits.
+
+Sources: Poole et al. 2016 (arXiv:1606.05340); Roberts, Yaida, Hanin 2021 (arXiv:2106.10165), chapter 5, for the classes;
+Hayou, Doucet, Rousseau 2019 (arXiv:1902.06853) for the edge of chaos.
+"""
+
+import functools
+import warnings
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from initjax.errors import NoCriticalPointError, UnstableCriticalPointWarning
+from initjax.gaussian.activation import Activation, as_activation
+from initjax.gaussian.expect import scalar
+from initjax.gaussian.series import coefficients
+from initjax.meanfield.fixed import check_sigma
+from initjax.meanfield.results import CriticalPoint
+from initjax.meanfield.table import ramp, raw_moments, slope_at_zero, table_of, vanishes_at_zero
+from initjax.trace.jaxpr import is_traced
+
+_SMOOTH_BELOW = 0.02  # q under which the Hermite form of f is tried
+_HALF_STABLE_WITHIN = 1e-7
+
+
+class Line(NamedTuple):
+    """f(q) on a grid of q, with the part of it that is rounding."""
+
+    q: np.ndarray
+    f: np.ndarray
+    noise: np.ndarray
+
+
+def bias_variance(act: Activation, q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """f(q) = q - M/D and an estimate of its rounding error, from direct expectations (not the table)."""
+    m, d, _ = raw_moments(act, q)
+    safe = np.maximum(d, 1e-300)
+    f, noise = q - m / safe, 4e-16 * (q + m / safe)
+    if not act.kinks:
+        for i in np.flatnonzero((q < _SMOOTH_BELOW) & (np.abs(f) < 1e-3 * q)):
+            a, _ = coefficients(act, float(q[i]), 32)
+            terms = (np.arange(32) - 1.0) * a * a
+            if np.abs(terms[-4:]).max() < 1e-20 * q[i]:
+                f[i] = terms.sum() / safe[i]
+                # a_k carries an absolute error of eps sqrt(q)
+                noise[i] = 2e-16 * np.sqrt(q[i]) * np.abs((np.arange(32) - 1.0) * a)[[0, 2, 3]].max() / safe[i] + 1e-31 * q[i]
+    return f, noise
+
+
+@functools.lru_cache(maxsize=256)
+def critical_line(act: Activation) -> Line:
+    """The curve sigma_b^2 = f(q), finely sampled from q = 1e-16 to the end of the table."""
+    table = table_of(act)
+    q = np.exp(np.arange(np.log(1e-16), np.log(table.q_high), 0.0625))
+    t = table(np, q)
+    f, noise = q - t.m / np.maximum(t.d, 1e-300), 3e-13 * (q + t.m / np.maximum(t.d, 1e-300))
+    small = q < _SMOOTH_BELOW
+    exact, rounding = bias_variance(act, q[small])
+    f[small], noise[small] = exact, rounding
+    flat = t.d < 1e-250  # a step function has no gradient: chi_1 = 0 everywhere
+    f[flat], noise[flat] = -np.inf, 0.0
+    return Line(q, f, noise)
+
+
+def _roots(act: Activation, variance_b: float) -> np.ndarray:
+    """Every q > 0 with f(q) = variance_b, increasing."""
+    line = critical_line(act)
+    gap = line.f - variance_b
+    known = np.abs(gap) > 4 * line.noise  # where the sign is not rounding
+    q, gap = line.q[known], gap[known]
+    cross = np.flatnonzero(np.sign(gap[1:]) * np.sign(gap[:-1]) < 0)
+    roots = []
+    for i in cross:
+        if not (np.isfinite(gap[i]) and np.isfinite(gap[i + 1])):
+            continue
+        roots.append(_refine(act, variance_b, q[i], q[i + 1]))
+    return np.array(roots)
+
+
+def _refine(act: Activation, variance_b: float, low: float, high: float) -> float:
+    """Bracketed Newton in log q on the directly computed f."""
+    table = table_of(act)
+    x_low, x_high = np.log(low), np.log(high)
+    rising = bias_variance(act, np.array([high]))[0][0] > variance_b
+    x = (x_low + x_high) / 2
+    for _ in range(60):
+        q = np.exp(np.array([x]))
+        f = bias_variance(act, q)[0][0] - variance_b
+        t = table(np, q)
+        slope = float((q - t.m / t.d * (t.r - t.dlog_d))[0])  # df / dlog q
+        if (f > 0) == rising:
+            x_high = x
+        else:
+            x_low = x
+        move = -f / slope if slope else 0.0
+        new = x + move
+        if not x_low < new < x_high:
+            new = (x_low + x_high) / 2
+        if abs(new - x) < 2e-15 * max(1.0, abs(x)) or x_high - x_low < 1e-15:
+            return float(np.exp(new))
+        x = new
+    return float(np.exp(x))
+
+
+def _at(act: Activation, q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """sigma_w and chi_q on the critical line at q > 0."""
+    m, d, energy = raw_moments(act, q)
+    return 1 / np.sqrt(d), energy / (q * d)
+
+
+def _points(act: Activation, sigma_b: float) -> list[CriticalPoint]:
+    """All critical points at one sigma_b, smallest q first."""
+    out = []
+    at_zero = slope_at_zero(act)
+    if sigma_b == 0 and vanishes_at_zero(act) and at_zero > 1e-30:
+        sigma_w = np.float64(1 / np.sqrt(at_zero))
+        if ramp(act) is not None:
+            return [_point(sigma_w, 0.0, np.nan, 1.0, True, "scale-invariant")]
+        out.append(_point(sigma_w, 0.0, 0.0, 1.0, _attracts_from_above(act), "zero"))
+    if ramp(act) is None:
+        q = _roots(act, sigma_b**2)
+        if q.size:
+            for root, w, slope in zip(q, *_at(act, q), strict=True):
+                half = abs(slope - 1) < _HALF_STABLE_WITHIN
+                out.append(_point(w, sigma_b, root, slope, abs(slope) < 1, "half-stable" if half else "regular"))
+    return out
+
+
+def _attracts_from_above(act: Activation) -> bool:
+    """Whether q = 0 attracts at sigma_w^2 = 1 / D(0): V(q) < q just above 0, i.e. M(q) / D(0) < q."""
+    q = np.exp(np.arange(np.log(1e-12), np.log(10.0), 0.25))
+    if not act.kinks:
+        # V - q = (sum_{k != 1} a_k^2 + a_1^2) / D0 - q, with a_1 = sqrt(q) E[phi']: compare without cancelling
+        for value in q:
+            a, _ = coefficients(act, float(value), 32)
+            slope = float(np.mean(act.prime.values(np.array([-1e-20, 1e-20]))))
+            shortfall = (a[1] / np.sqrt(value) - slope) * (a[1] / np.sqrt(value) + slope) * value
+            excess = shortfall + a[0] ** 2 + float(np.sum(a[2:] ** 2))
+            if abs(excess) > 1e-10 * value * slope**2:
+                return excess < 0
+    m = raw_moments(act, q)[0]
+    excess = m / slope_at_zero(act) / q - 1
+    clear = np.flatnonzero(np.abs(excess) > 1e-9)
+    return bool(clear.size and excess[clear[0]] < 0)
+
+
+def _point(sigma_w, sigma_b, q, chi_q, stable, kind) -> CriticalPoint:
+    return CriticalPoint(
+        np.float64(sigma_w), np.float64(sigma_b), np.float64(q), np.float64(chi_q), np.bool_(stable), kind
+    )
+
+
+def _refusal(act: Activation, sigma_b: float) -> NoCriticalPointError:
+    slopes = ramp(act)
+    if slopes is not None:
+        half = (slopes[0] ** 2 + slopes[1] ** 2) / 2
+        why = (
+            f"for a positively homogeneous activation chi_1 = {half:.6g} sigma_w^2 does not depend on q, and at chi_1 = 1 "
+            f"the variance grows by sigma_b^2 = {sigma_b**2:.3g} in every layer, so no fixed point exists."
+        )
+        remedy = f"sigma_b = 0, where every q is fixed at sigma_w = {1 / np.sqrt(half):.6g}." if half else "another phi."
+    else:
+        line = critical_line(act)
+        if not np.isfinite(line.f).any():
+            why = "its derivative is zero almost everywhere, so chi_1 = 0 for every sigma_w."
+            remedy = "an activation with a slope."
+        else:
+            best = int(np.argmax(line.f))
+            if line.f[best] <= 4 * line.noise[best]:
+                why = (
+                    "on the line chi_1 = 1 the bias variance must be q - E[phi^2]/E[phi'^2], and that is negative for "
+                    f"every q from {line.q[0]:.0e} to {line.q[-1]:.0e}: no sigma_b >= 0 is critical."
+                )
+                remedy = "a shifted or scaled activation, or normalization layers."
+            else:
+                why = (
+                    "on the line chi_1 = 1 the bias variance is q - E[phi^2]/E[phi'^2], which never takes the value "
+                    f"{sigma_b**2:.6g} for q from {line.q[0]:.0e} to {line.q[-1]:.0e}; its maximum there is "
+                    f"{line.f[best]:.6g} at q = {line.q[best]:.3g}."
+                )
+                remedy = f"sigma_b below {np.sqrt(line.f[best]):.6g} but not 0, or ij.phase_diagram to see the line."
+    return NoCriticalPointError(
+        f"no sigma_w puts {act.name} on the edge of chaos at sigma_b = {sigma_b:g}.",
+        "an activation and a sigma_b for which chi_1 = 1 at a fixed point of the variance map.",
+        why,
+        remedy,
+    )
+
+
+def critical_points(phi, sigma_b=0.0) -> tuple[CriticalPoint, ...]:
+    """Every critical point at sigma_b, smallest q first (an unstable q = 0 included).
+
+    Parameters
+    ----------
+    phi : elementwise JAX callable or `ij.Activation`.
+    sigma_b : one bias standard deviation >= 0.
+
+    Returns
+    -------
+    Tuple of CriticalPoint; empty if there is none.
+
+    Raises
+    ------
+    InputError : sigma_b negative, NaN, infinite or not a scalar; phi not elementwise.
+
+    Accuracy
+    --------
+    q and sigma_w 1e-12 relative; roots are searched for q from 1e-16 to 1e8.
+
+    Examples
+    --------
+    >>> import jax, initjax as ij
+    >>> gelu = lambda x: jax.nn.gelu(x, approximate=False)
+    >>> for p in ij.critical_points(gelu, 0.3):
+    ...     print(f"sigma_w={p.sigma_w:.5f} q={p.q:.5f} chi_q={p.chi_q:.3f} stable={p.stable}")
+    sigma_w=1.45047 q=1.42487 chi_q=1.046 stable=False
+
+    References
+    ----------
+    Roberts, Yaida, Hanin 2021 (arXiv:2106.10165), section 5.3.
+    """
+    act = as_activation(phi)
+    b = check_sigma(sigma_b, "sigma_b")
+    return tuple(_points(act, float(b.reshape(())))) if b.size == 1 else tuple(_refuse_batch(b))
+
+
+def _refuse_batch(b):
+    from initjax.errors import InputError
+
+    raise InputError(
+        f"sigma_b of shape {b.shape}.",
+        "one sigma_b: the number of critical points differs from one sigma_b to the next.",
+        "a ragged answer is no array.",
+        "loop over sigma_b, or ij.critical for the primary point of each.",
+    )
+
+
+def _primary(points: list[CriticalPoint]) -> CriticalPoint | None:
+    stable = [p for p in points if p.stable]
+    return (stable or points or [None])[0]
+
+
+def critical(phi, sigma_b=0.0) -> CriticalPoint:
+    """The weight standard deviation that puts an infinitely wide network on the edge of chaos.
+
+    Solves for (sigma_w, q):  q = sigma_w^2 E[phi(sqrt(q) z)^2] + sigma_b^2  and  sigma_w^2 E[phi'(sqrt(q) z)^2] = 1.
+
+    Parameters
+    ----------
+    phi : elementwise JAX callable or `ij.Activation`.
+    sigma_b : bias standard deviation >= 0, any shape.
+
+    Returns
+    -------
+    CriticalPoint with sigma_w, sigma_b, q, chi_q, stable, kind, each of the shape of sigma_b: the smallest stable root;
+    where only unstable ones exist, the smallest of those, with stable = False.
+
+    Raises
+    ------
+    NoCriticalPointError : no root exists, with the reason. In a batch, missing entries are nan (kind "none"), and the
+        error is raised only if all are missing.
+    InputError : sigma_b negative, complex, NaN or infinite; phi not elementwise.
+
+    Warns
+    -----
+    UnstableCriticalPointWarning : the returned point repels the variance map (chi_q > 1).
+
+    Accuracy
+    --------
+    sigma_w, q: 1e-12 relative. Differentiable in sigma_b (implicit function theorem); under a trace the result has the
+    tracer's dtype (float32: 1e-5), nan where nothing exists, and kind None.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, initjax as ij
+    >>> point = ij.critical(jnp.tanh, sigma_b=0.05)
+    >>> print(f"{point.sigma_w:.10f} {point.q:.10f} {point.kind}")
+    1.1225390048 0.1536919358 regular
+
+    References
+    ----------
+    Poole et al. 2016 (arXiv:1606.05340); Schoenholz et al. 2017 (arXiv:1611.01232), section 3; Roberts, Yaida, Hanin
+    2021 (arXiv:2106.10165), chapter 5.
+    """
+    act = as_activation(phi)
+    if is_traced(sigma_b):
+        return _traced(act, jnp.asarray(sigma_b))
+    b = check_sigma(sigma_b, "sigma_b")
+    found = [_primary(points) for points in _many(act, b.ravel())]
+    if all(p is None for p in found) and found:
+        raise _refusal(act, float(b.ravel()[0]))
+    repelling = [p for p in found if p is not None and not p.stable]
+    if repelling:
+        p = repelling[0]
+        warnings.warn(
+            f"{act.name} at sigma_b = {p.sigma_b:g} has chi_1 = 1 only at q = {p.q:.6g}, where chi_q = {p.chi_q:.6g}: the "
+            "variance map leaves this point, so a deep network will not stay there. A larger sigma_b may have a stable "
+            "one; see ij.critical_points.",
+            UnstableCriticalPointWarning,
+            stacklevel=2,
+        )
+    if b.ndim == 0:
+        return found[0]
+    nan = np.nan
+    missing = CriticalPoint(nan, nan, nan, nan, False, "none")
+    rows = [missing if p is None else p for p in found]
+    gather = lambda name, dtype=float: np.array([getattr(r, name) for r in rows], dtype).reshape(b.shape)  # noqa: E731
+    return CriticalPoint(
+        gather("sigma_w"), b.copy(), gather("q"), gather("chi_q"), gather("stable", bool), gather("kind", "<U15")
+    )
+
+
+def _many(act: Activation, sigma_b: np.ndarray) -> list[list[CriticalPoint]]:
+    """Critical points of many sigma_b: by the table where it is accurate, each on its own otherwise."""
+    if sigma_b.size < 16 or ramp(act) is not None:
+        return [_points(act, float(b)) for b in sigma_b]
+    line, table = critical_line(act), table_of(act)
+    gap = line.f[None, :] - (sigma_b**2)[:, None]
+    with np.errstate(invalid="ignore"):
+        sign = np.where(np.abs(gap) > 4 * line.noise, np.sign(gap), 0.0)
+    out: list[list[CriticalPoint]] = [[] for _ in sigma_b]
+    easy = (sign[:, :-1] * sign[:, 1:] < 0) & np.isfinite(line.f[1:])[None, :]
+    doubtful = (sign[:, line.q >= _SMOOTH_BELOW] == 0).any(axis=1) | (sigma_b == 0)
+    low_root = easy[:, : int(np.searchsorted(line.q, _SMOOTH_BELOW))].any(axis=1)
+    for i in np.flatnonzero(doubtful | low_root):
+        out[i] = _points(act, float(sigma_b[i]))
+    row, column = np.nonzero(easy & ~(doubtful | low_root)[:, None])
+    if row.size:
+        target = sigma_b[row] ** 2
+        x_low, x_high = np.log(line.q[column]), np.log(line.q[column + 1])
+        rising = gap[row, column + 1] > 0
+        x = (x_low + x_high) / 2
+        for _ in range(8):
+            q = np.exp(x)
+            t = table(np, q)
+            f = q - t.m / t.d - target
+            upper = (f > 0) == rising
+            x_low, x_high = np.where(upper, x_low, x), np.where(upper, x, x_high)
+            new = x - f / (q - t.m / t.d * (t.r - t.dlog_d))
+            x = np.where((new > x_low) & (new < x_high), new, (x_low + x_high) / 2)
+        q = np.exp(x)
+        t = table(np, q)
+        sigma_w, chi_q = 1 / np.sqrt(t.d), t.m * t.r / (q * t.d)
+        for i, w, value, slope in zip(row, sigma_w, q, chi_q, strict=True):
+            half = abs(slope - 1) < _HALF_STABLE_WITHIN
+            kind = "half-stable" if half else "regular"
+            out[i].append(_point(w, sigma_b[i], value, slope, abs(slope) < 1, kind))
+    return out
+
+
+# -- traced sigma_b -----------------------------------------------------------------------------------------------------
+
+
+def _traced(act: Activation, sigma_b: jax.Array) -> CriticalPoint:
+    """The primary point as a function of a traced sigma_b: interpolated from the line, one implicit-function step."""
+    dtype = sigma_b.dtype
+    nan = jnp.full(sigma_b.shape, jnp.nan, dtype)
+    slopes = ramp(act)
+    if slopes is not None:
+        sigma_w = jnp.full(sigma_b.shape, 1 / np.sqrt((slopes[0] ** 2 + slopes[1] ** 2) / 2), dtype)
+        exists = sigma_b == 0
+        return CriticalPoint(jnp.where(exists, sigma_w, nan), sigma_b, nan, jnp.where(exists, 1 + 0 * nan, nan), exists, None)
+    q, stable = _traced_q(act, jax.lax.stop_gradient(sigma_b))
+    table = table_of(act)
+    safe = jnp.where(q > 0, q, jnp.ones_like(q))
+    t = table(jnp, safe)
+    slope = safe - t.m / t.d * (t.r - t.dlog_d)  # df / dlog q
+    moved = sigma_b * sigma_b - jax.lax.stop_gradient(sigma_b * sigma_b)
+    safe = safe * (1 + moved / jax.lax.stop_gradient(slope))
+    t = table(jnp, safe)
+    at_zero = 1 / np.sqrt(max(slope_at_zero(act), 1e-300))
+    return CriticalPoint(
+        jnp.where(q > 0, 1 / jnp.sqrt(t.d), jnp.where(q == 0, jnp.asarray(at_zero, dtype), nan)),
+        sigma_b,
+        jnp.where(q > 0, safe, q),
+        jnp.where(q > 0, t.m * t.r / (safe * t.d), jnp.where(q == 0, jnp.ones_like(q), nan)),
+        stable,
+        None,
+    )
+
+
+def _traced_q(act: Activation, sigma_b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Primary q for stopped, traced sigma_b, by bisection of log f on each rising or falling stretch of the line."""
+    line = critical_line(act)
+    dtype = sigma_b.dtype
+    use = np.isfinite(line.f)
+    grid, f = np.log(line.q[use]), line.f[use]
+    m, d, energy = raw_moments(act, np.exp(grid))
+    steady = np.abs(energy / (np.exp(grid) * d)) < 1
+    target = jnp.ravel(sigma_b * sigma_b)[:, None]
+    row, x = jnp.asarray(f, dtype)[None, :], jnp.asarray(grid, dtype)
+    cross = (row[:, :-1] - target) * (row[:, 1:] - target) < 0
+    cross = cross & jnp.asarray(np.abs(f[1:]) > 4 * line.noise[use][1:])[None, :]
+    good = cross & jnp.asarray(steady[:-1] & steady[1:])[None, :]
+    chosen = jnp.where(jnp.any(good, axis=1), jnp.argmax(good, axis=1), jnp.argmax(cross, axis=1))
+    left, right = row[0, chosen], row[0, chosen + 1]
+    # f is a power of q on each cell to good accuracy where it is positive
+    positive = (left > 0) & (right > 0)
+    tiny = jnp.asarray(1e-30, dtype)
+    log = lambda v: jnp.log(jnp.maximum(v, tiny))  # noqa: E731
+    share = jnp.where(
+        positive,
+        (log(target[:, 0]) - log(left)) / jnp.where(positive, log(right) - log(left), jnp.ones_like(left)),
+        (target[:, 0] - left) / (right - left),
+    )
+    q = jnp.exp(x[chosen] + share * (x[chosen + 1] - x[chosen]))
+    table = table_of(act)
+    for _ in range(4):
+        t = table(jnp, q)
+        gap = q - t.m / t.d - target[:, 0]
+        slope = q - t.m / t.d * (t.r - t.dlog_d)
+        noise = jnp.asarray(4 * np.finfo(dtype).eps, dtype) * q
+        step = jnp.clip(gap / slope, -0.05, 0.05)
+        q = jnp.where(jnp.abs(gap) > noise, q * jnp.exp(-step), q)
+    none = ~jnp.any(cross, axis=1)
+    zero = (target[:, 0] == 0) & vanishes_at_zero(act)
+    q = jnp.where(none, jnp.where(zero, jnp.zeros_like(q), jnp.full_like(q, jnp.nan)), q)
+    stable = jnp.any(good, axis=1) | (zero & bool(vanishes_at_zero(act) and _attracts_from_above(act)))
+    return jnp.reshape(q, sigma_b.shape), jnp.reshape(stable, sigma_b.shape)
