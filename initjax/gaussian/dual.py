@@ -102,7 +102,7 @@ def _check_c(c) -> np.ndarray:
     if value.dtype.kind in "fiub":
         value = value.astype(np.float64)
         if np.all(np.abs(value) <= 1 + 1e-12):
-            return np.clip(value, -1.0, 1.0)
+            return np.asarray(np.clip(value, -1.0, 1.0))
     bad = value[~(np.abs(value) <= 1)].ravel()[0] if value.dtype.kind in "fiub" else c
     raise InputError(
         f"c = {bad}.",

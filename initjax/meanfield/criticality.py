@@ -145,7 +145,7 @@ def _attracts_from_above(act: Activation) -> bool:
             shortfall = (a[1] / np.sqrt(value) - slope) * (a[1] / np.sqrt(value) + slope) * value
             excess = shortfall + a[0] ** 2 + float(np.sum(a[2:] ** 2))
             if abs(excess) > 1e-10 * value * slope**2:
-                return excess < 0
+                return bool(excess < 0)
     m = raw_moments(act, q)[0]
     excess = m / slope_at_zero(act) / q - 1
     clear = np.flatnonzero(np.abs(excess) > 1e-9)
