@@ -115,7 +115,7 @@ def as_functional(model, inputs, *, apply_kwargs: dict | None = None, rngs=None)
         abstract_params = jax.eval_shape(init, jax.random.key(0))
         abstract_output = jax.eval_shape(apply, abstract_params, _abstract(inputs))
     except Exception as error:
-        raise _cannot_call(model, inputs, apply_kwargs, error) from error
+        raise cannot_call(model, inputs, apply_kwargs, error) from error
     return Functional(kind, init, apply, inputs, values, abstract_params, abstract_output, state)
 
 
@@ -359,7 +359,8 @@ def _not_a_model(model, detail: Any = None) -> InputError:
     )
 
 
-def _cannot_call(model, inputs, apply_kwargs, error) -> InputError:
+def cannot_call(model, inputs, apply_kwargs, error) -> InputError:
+    """The four-part error for a model that raised `error` when it was called."""
     name = type(model).__name__ if not isinstance(model, tuple) else "the pair (init_fn, apply_fn)"
     text = " ".join(str(error).split())
     return InputError(
@@ -375,4 +376,4 @@ def _try(model, inputs, apply_kwargs, call):
     try:
         return call()
     except Exception as error:
-        raise _cannot_call(model, inputs, apply_kwargs, error) from error
+        raise cannot_call(model, inputs, apply_kwargs, error) from error

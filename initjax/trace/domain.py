@@ -1,0 +1,395 @@
+r"""The values a model's program computes, at infinite width.
+
+`Const`       a known array.
+`WeightView`  entries of a weight leaf (views.py).
+`Field`       random numbers, i.i.d. along its channel axes: a `Sum` (linear combination of atoms plus a constant) or a
+              `Tangent` (sum of coefficient times tangent atom), together with the program's own grouping of axes.
+
+Atoms: `Base`, a Gaussian made by weights (W x, or a bias); `Ew`, a function of one Gaussian leaf; `Lin`, a linear map
+over positions. Every axis is a channel axis (numbers there are i.i.d.) or a position. Numerical arrays keep size 1
+along channel axes.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from initjax.trace.expr import VARIABLE, Expr, added, literal, scaled
+from initjax.trace.jaxpr import is_traced
+from initjax.trace.views import WeightView
+
+
+class Axis(NamedTuple):
+    """One axis of a field."""
+
+    size: int
+    channel: bool
+
+
+Axes = tuple[Axis, ...]
+
+
+def extents(axes: Axes) -> tuple[int, ...]:
+    """The shape of the numerical arrays of a field: positions in full, channels as 1."""
+    return tuple(1 if axis.channel else axis.size for axis in axes)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Const:
+    """A known array; `value` has the rank of `shape`, with size 1 along axes where it does not vary.
+
+    `leaf` names the constant weight leaf it came from, if any.
+    """
+
+    value: Any
+    shape: tuple[int, ...]
+    leaf: str = ""
+
+    @property
+    def scalar(self) -> Any:
+        """The one number (or boolean) the array is full of, else None."""
+        if is_traced(self.value) or self.value.size == 0:
+            return None
+        first = self.value.flat[0]
+        return first if self.value.size == 1 or bool((self.value == first).all()) else None
+
+
+class Relayout(NamedTuple):
+    """A linear map on the positions of a field, applied to numerical arrays.
+
+    kind : "reshape", "transpose", "broadcast", "index" commute with elementwise functions; "sum" does not.
+    parameters : hashable; target axes for reshape and broadcast, permutation, slices, or the summed axes.
+    """
+
+    kind: Literal["reshape", "transpose", "broadcast", "index", "sum"]
+    parameters: tuple
+
+    def axes(self, axes: Axes) -> Axes:
+        if self.kind in ("reshape", "broadcast"):
+            return self.parameters
+        if self.kind == "transpose":
+            return tuple(axes[p] for p in self.parameters)
+        if self.kind == "sum":
+            return tuple(a for i, a in enumerate(axes) if i not in self.parameters)
+        return tuple(
+            Axis(len(range(*slice(*s).indices(a.size))), a.channel) for a, s in zip(axes, self.parameters, strict=True)
+        )
+
+    def apply(self, array, source: Axes, offset: int = 0):
+        """Apply to the axes `offset : offset + len(source)` of an array that has full extents there."""
+        head, tail = array.shape[:offset], array.shape[offset + len(source) :]
+        if self.kind == "reshape":
+            return array.reshape(head + extents(self.parameters) + tail)
+        if self.kind == "broadcast":
+            xp = _xp(array)
+            return xp.broadcast_to(array, head + extents(self.parameters) + tail)
+        if self.kind == "transpose":
+            middle = [offset + p for p in self.parameters]
+            return array.transpose(
+                *range(offset), *middle, *range(offset + len(source), offset + len(source) + len(tail))
+            )
+        if self.kind == "sum":
+            return array.sum(axis=tuple(offset + p for p in self.parameters))
+        pick = tuple(
+            slice(None) if axis.channel else slice(*s) for axis, s in zip(source, self.parameters, strict=True)
+        )
+        return array[(slice(None),) * offset + pick]
+
+
+def _xp(array):
+    import jax.numpy as jnp
+
+    return jnp if is_traced(array) else np
+
+
+class Atom:
+    """A random field that is not further decomposed. `number` orders atoms by creation."""
+
+    number: int
+    axes: Axes
+    gaussian: bool
+    tangent: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Base(Atom):
+    """A Gaussian made by weights.
+
+    kind "dot": sum over `contracted` axes of `operand` (a Sum or Tangent) times weights; the operand's remaining axes
+    come in order, the weights' free axes are channels. kind "vector": the weights themselves, one entry an index.
+    """
+
+    number: int
+    axes: Axes
+    kind: Literal["dot", "vector"]
+    view: WeightView
+    operand: Any
+    contracted: tuple[int, ...]
+    layer: str
+    gaussian: bool = True
+    tangent: bool = False
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """For "dot": the axes of the operand that are kept, in order."""
+        return tuple(a for a in range(len(self.operand.axes)) if a not in self.contracted)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ew(Atom):
+    """`expr` applied entry by entry to a Gaussian leaf."""
+
+    number: int
+    axes: Axes
+    leaf: "Sum"
+    expr: Expr
+    gaussian: bool = False
+    tangent: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Lin(Atom):
+    """A linear map over the positions of a Sum or Tangent."""
+
+    number: int
+    axes: Axes
+    map: Relayout
+    source: Any
+    gaussian: bool
+    tangent: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sum:
+    """sum_i coefficient_i * atom_i + constant.
+
+    Coefficients and constant are Python floats, or arrays of the field's rank that do not vary along channels.
+    """
+
+    axes: Axes
+    terms: tuple[tuple[Atom, Any], ...]
+    constant: Any = 0.0
+
+    @property
+    def gaussian(self) -> bool:
+        """Whether it is a linear combination of Gaussians (plus a constant)."""
+        return all(atom.gaussian for atom, _ in self.terms)
+
+    @property
+    def is_constant(self) -> bool:
+        return not self.terms
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tangent:
+    """sum_j coefficient_j * gdot_j: coefficients primal (None: 1), gdot_j sums of tangent atoms with mean zero."""
+
+    axes: Axes
+    parts: tuple[tuple[Sum | None, Sum], ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Field:
+    """A Sum or Tangent as the program sees it: `groups[i]` of its axes make up the program's axis i.
+
+    `near` is the last layer it went through, for messages.
+    """
+
+    body: Sum | Tangent
+    groups: tuple[int, ...]
+    near: str = ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape, at = [], 0
+        for count in self.groups:
+            shape.append(math.prod(axis.size for axis in self.body.axes[at : at + count]))
+            at += count
+        return tuple(shape)
+
+
+def is_zero(coefficient) -> bool:
+    """Whether a coefficient or constant is a known zero."""
+    if is_traced(coefficient):
+        return False
+    return not np.any(coefficient)
+
+
+class Arena:
+    """Makes atoms and sums; equal ones with plain coefficients are one object, so that moments are computed once."""
+
+    def __init__(self):
+        self._atoms: dict[tuple, Atom] = {}
+        self._sums: dict[tuple, Sum] = {}
+        self._count = 0
+
+    def atom(self, kind, key: tuple, *fields, **named) -> Any:
+        """The atom with this identity; `key` must hold only hashables and ids of objects kept alive by the atom."""
+        key = (kind, *key)
+        if key not in self._atoms:
+            self._count += 1
+            self._atoms[key] = kind(self._count, *fields, **named)
+        return self._atoms[key]
+
+    def sum(self, axes: Axes, terms, constant=0.0) -> Sum:
+        """Collect terms: equal atoms are added, zeros dropped, the order is that of creation."""
+        collected: dict[int, list] = {}
+        for atom, coefficient in terms:
+            if atom.number in collected:
+                collected[atom.number][1] = collected[atom.number][1] + coefficient
+            else:
+                collected[atom.number] = [atom, coefficient]
+        kept = tuple((atom, c) for _, (atom, c) in sorted(collected.items()) if not is_zero(c))
+        if is_zero(constant):
+            constant = 0.0
+        if all(isinstance(c, float) for c in (constant, *(c for _, c in kept))):
+            key = (axes, tuple((atom.number, c) for atom, c in kept), constant)
+            return self._sums.setdefault(key, Sum(axes, kept, constant))
+        return Sum(axes, kept, constant)
+
+    # ------------------------------------------------------------------ functions of one Gaussian
+
+    def leaf_of(self, gaussian: Sum) -> tuple[Sum, float]:
+        """The canonical leaf (first coefficient 1, no constant) of which a Gaussian sum is a multiple."""
+        first = gaussian.terms[0][1]
+        if isinstance(first, float) and first != 1.0:
+            terms = [(atom, 1.0 if c is first else c / first) for atom, c in gaussian.terms]
+            return self.sum(gaussian.axes, terms), first
+        return self.sum(gaussian.axes, gaussian.terms), 1.0
+
+    def common_leaf(self, sums: list[Sum]) -> Sum | None:
+        """The one Gaussian leaf of which all the sums are functions, if there is one."""
+        leaf = next((atom.leaf for s in sums for atom, _ in s.terms if isinstance(atom, Ew)), None)
+        if leaf is None:
+            leaf = next((self.leaf_of(s)[0] for s in sums if s.terms and s.gaussian), None)
+        if leaf is None or any(self.as_expr(s, leaf) is None for s in sums):
+            return None
+        return leaf
+
+    def as_expr(self, s: Sum, leaf: Sum) -> Expr | None:
+        """The sum as an expression in the leaf, or None where it is not one."""
+        if not isinstance(s.constant, float):
+            return None
+        gaussian = [(atom, c) for atom, c in s.terms if atom.gaussian]
+        total = literal(s.constant) if s.constant != 0.0 else None
+        pieces = []
+        if gaussian:
+            ratio = _ratio(gaussian, leaf.terms)
+            if ratio is None:
+                return None
+            pieces.append(scaled(ratio, VARIABLE))
+        for atom, c in s.terms:
+            if atom.gaussian:
+                continue
+            if not isinstance(atom, Ew) or atom.leaf is not leaf or not isinstance(c, float):
+                return None
+            pieces.append(scaled(c, atom.expr))
+        if total is not None:
+            pieces.append(total)
+        if not pieces:
+            return literal(0.0)
+        result = pieces[0]
+        for piece in pieces[1:]:
+            result = added(result, piece)
+        return result
+
+    def function(self, leaf: Sum, expr: Expr) -> Sum:
+        """`expr` of the leaf as a sum; constants and multiples of the leaf itself are recognised."""
+        if expr.op == "literal" and not expr.is_bool:
+            return self.sum(leaf.axes, (), expr.value)
+        if expr is VARIABLE:
+            return leaf
+        atom = self.atom(Ew, (id(leaf), id(expr)), leaf.axes, leaf, expr)
+        return self.sum(leaf.axes, [(atom, 1.0)])
+
+    def fused(self, s: Sum) -> Sum:
+        """A sum of several functions of one leaf as one function."""
+        if s.gaussian or len(s.terms) + (not isinstance(s.constant, float) or s.constant != 0.0) == 1:
+            return s
+        leaf = self.common_leaf([s])
+        if leaf is None:
+            return s
+        expr = self.as_expr(s, leaf)
+        return s if expr is None else self.function(leaf, expr)
+
+    # ------------------------------------------------------------------ linear maps over positions
+
+    def relayout(self, body: Sum | Tangent, step: Relayout) -> Any:
+        """Apply a linear map over positions to a Sum or Tangent."""
+        axes = step.axes(body.axes)
+        if axes == body.axes and step.kind in ("reshape", "broadcast"):
+            return body
+        if isinstance(body, Tangent):
+            if step.kind == "sum" and any(c is not None and not c.is_constant for c, _ in body.parts):
+                atom = self.atom(Lin, (id(body), step), axes, step, body, False, True)
+                return Tangent(axes, ((None, self.sum(axes, [(atom, 1.0)])),))
+            return Tangent(
+                axes,
+                tuple((None if c is None else self.relayout(c, step), self.relayout(g, step)) for c, g in body.parts)
+                if step.kind != "sum"
+                else tuple((None, self._summed_part(c, g, step)) for c, g in body.parts),
+            )
+        if step.kind == "sum":
+            return self._summed(body, step)
+        terms = []
+        for atom, c in body.terms:
+            moved = self._moved(atom, step)
+            terms.append((moved, c if isinstance(c, float) else self._moved_array(c, body.axes, step)))
+        constant = body.constant
+        if not isinstance(constant, float):
+            constant = self._moved_array(constant, body.axes, step)
+        return self.sum(axes, terms, constant)
+
+    def _moved_array(self, array, axes: Axes, step: Relayout):
+        full = _xp(array).broadcast_to(array, extents(axes))
+        return step.apply(full, axes)
+
+    def _moved(self, atom: Atom, step: Relayout) -> Atom:
+        axes = step.axes(atom.axes)
+        if isinstance(atom, Ew):
+            leaf = self.relayout(atom.leaf, step)
+            return self.atom(Ew, (id(leaf), id(atom.expr)), axes, leaf, atom.expr)
+        return self._lin(step, self.sum(atom.axes, [(atom, 1.0)]), axes, atom.gaussian, atom.tangent)
+
+    def _summed(self, body: Sum, step: Relayout) -> Sum:
+        axes = step.axes(body.axes)
+        constant = body.constant
+        count = math.prod(body.axes[p].size for p in step.parameters)
+        if not isinstance(constant, float):
+            constant = self._moved_array(constant, body.axes, step)
+        else:
+            constant = constant * count
+        if not body.terms:
+            return self.sum(axes, (), constant)
+        random = self.sum(body.axes, body.terms)
+        tangent = any(atom.tangent for atom, _ in body.terms)
+        return self.sum(axes, [(self._lin(step, random, axes, body.gaussian, tangent), 1.0)], constant)
+
+    def _summed_part(self, coefficient: Sum | None, gdot: Sum, step: Relayout) -> Sum:
+        if coefficient is not None:
+            gdot = self.sum(gdot.axes, [(atom, c * coefficient.constant) for atom, c in gdot.terms])
+        return self._summed(gdot, step)
+
+    def _lin(self, step: Relayout, source, axes: Axes, gaussian: bool, tangent: bool) -> Lin:
+        return self.atom(Lin, (id(source), step), axes, step, source, gaussian, tangent)
+
+
+def _ratio(terms, reference) -> float | None:
+    """The factor between two Gaussian sums over the same atoms, or None."""
+    if len(terms) != len(reference) or any(a is not b for (a, _), (b, _) in zip(terms, reference, strict=True)):
+        return None
+    ratio = None
+    for (_, c), (_, r) in zip(terms, reference, strict=True):
+        if c is r:
+            this = 1.0
+        elif isinstance(c, float) and isinstance(r, float):
+            this = c / r
+        else:
+            return None
+        if ratio is None:
+            ratio = this
+        elif abs(this - ratio) > 1e-14 * abs(ratio):
+            return None
+    return ratio

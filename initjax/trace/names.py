@@ -1,0 +1,36 @@
+"""Where in the author's model an equation stands, and the error that refuses it."""
+
+import re
+
+from initjax.errors import UnsupportedLayerError
+from initjax.trace.inline import Equation
+
+_WRAPPER = re.compile(r"(?:jvp|transpose|vmap|remat|checkpoint|rematted_computation)\(([^()]*)\)")
+_FOREIGN = {"jvp", "vmap", "while", "body", "cond", "scan", "closed_call", ""}
+
+
+def scope_of(equation: Equation) -> str:
+    """The author's module path: `MLP/Dense_0` from the name stack `jvp(MLP)/Dense_0`."""
+    text = equation.scope
+    while (stripped := _WRAPPER.sub(r"\1", text)) != text:
+        text = stripped
+    return "/".join(part for part in text.split("/") if part not in _FOREIGN)
+
+
+def refusal(equation: Equation, near: str, reason: str, remedy: str, what: str = "") -> UnsupportedLayerError:
+    """The four-part error for an equation that the exact theory does not cover.
+
+    near : the last layer the operand went through; names the place where modules leave no scope (nnx).
+    """
+    scope = scope_of(equation)
+    layer = scope or (f"after {near}" if near else "the input")
+    place = f"{scope} (after {near})" if scope and near and near not in scope else layer
+    return UnsupportedLayerError(
+        f"{what or equation.name} in {place} (primitive `{equation.name}`)",
+        "layers that the exact infinite-width theory covers: Dense, biases, elementwise functions of one "
+        "pre-activation, sums of branches, reshapes, position averages",
+        reason,
+        remedy,
+        layer=layer,
+        primitive=equation.name,
+    )

@@ -1,0 +1,127 @@
+"""A model and example shapes as one straight-line program: outputs and their tangents from weights and inputs.
+
+The program is `jax.jvp` of the model with every weight leaf and every input perturbed independently: the covariance of
+its outputs is the NNGP kernel, that of its tangents the NTK, and one interpreter serves both.
+"""
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from initjax.errors import UnsupportedLayerError
+from initjax.trace.flax import Functional
+from initjax.trace.initstats import LeafStats, leaf_statistics
+from initjax.trace.inline import Straight, inline
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The straight-line program of one model at one input shape.
+
+    Attributes
+    ----------
+    body : the equations. Its inputs are, in order: weight leaves, their tangents, the input leaves, the tangents of
+        the floating input leaves. Its outputs: the output, its tangent.
+    leaves : distribution of every weight leaf.
+    input_shapes : of the input leaves.
+    floating : for every input leaf, whether it is floating (only these have tangents).
+    """
+
+    body: Straight
+    leaves: tuple[LeafStats, ...]
+    input_shapes: tuple[tuple[int, ...], ...]
+    floating: tuple[bool, ...]
+
+
+def trace_program(functional: Functional, leaves: tuple[LeafStats, ...], x, wide: bool = True) -> Program:
+    """Trace the model at the shapes of `x`.
+
+    Parameters
+    ----------
+    functional, leaves : from `as_functional` and `leaf_statistics`.
+    x : inputs, with the structure of the example; only shapes and dtypes are read.
+    wide : trace in float64, so that the constants inside activations (sqrt(1/2) in gelu) are not rounded to float32;
+        False traces in the inputs' own precision, for traced inputs.
+
+    Raises
+    ------
+    UnsupportedLayerError : the model has a custom_vjp, has several outputs, or a non-floating output.
+    """
+    shapes, tree = jax.tree.flatten(x)
+    floating = tuple(bool(jnp.issubdtype(leaf.dtype, jnp.floating)) for leaf in shapes)
+    # the author's model decides how its dtypes mix; the strict modes are for callers' own code
+    with _wide(wide), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        real = jnp.float64 if wide else jnp.result_type(jnp.float32)
+
+        def struct(leaf, is_real):
+            dtype = (real if wide else leaf.dtype) if is_real else leaf.dtype
+            return jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+        xs = [struct(leaf, f) for leaf, f in zip(shapes, floating, strict=True)]
+        params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, real), functional.abstract_params)
+        reals = [leaf for leaf, f in zip(xs, floating, strict=True) if f]
+
+        def both(params, params_dot, xs, reals_dot):
+            def model(params, reals):
+                it = iter(reals)
+                merged = [next(it) if f else leaf for leaf, f in zip(xs, floating, strict=True)]
+                return functional.apply(params, jax.tree.unflatten(tree, merged))
+
+            reals = [leaf for leaf, f in zip(xs, floating, strict=True) if f]
+            return jax.jvp(model, (params, reals), (params_dot, reals_dot))
+
+        try:
+            closed = jax.make_jaxpr(both)(params, params, xs, reals)
+        except TypeError as error:
+            if "custom_vjp" in str(error):
+                raise _custom_vjp(error) from error
+            raise
+    outputs = closed.out_avals
+    if len(outputs) != 2 or not jnp.issubdtype(outputs[0].dtype, jnp.floating):
+        given = ", ".join(f"{a.dtype}{list(a.shape)}" for a in outputs[: len(outputs) // 2])
+        raise UnsupportedLayerError(
+            f"the model's output is ({given})",
+            "one floating array, first axis the examples",
+            "a kernel is the covariance of one output",
+            "return one of them, for example as a pair (init_fn, lambda params, x: apply_fn(params, x)[0])",
+            layer="output",
+        )
+    return Program(inline(closed), leaves, tuple(tuple(leaf.shape) for leaf in xs), floating)
+
+
+def read_model(functional: Functional) -> tuple[LeafStats, ...]:
+    """The distribution of the weight leaves; refuses leaves that share a random key."""
+    leaves = leaf_statistics(functional)
+    owners: dict[Any, str] = {}
+    for leaf in leaves:
+        if leaf.key is None:
+            continue
+        if leaf.key in owners and np.prod(leaf.shape) > 0:
+            raise UnsupportedLayerError(
+                f"the weights {owners[leaf.key]} and {leaf.name} are drawn with the same random key",
+                "weights drawn with keys of their own",
+                "they are equal or correlated, and the infinite-width theory takes different leaves as independent",
+                "split the key, or give each its own stream; to tie weights, use one parameter twice",
+                layer=leaf.name,
+            )
+        owners[leaf.key] = leaf.name
+    return leaves
+
+
+def _wide(wide: bool):
+    return jax.enable_x64(True) if wide else contextlib.nullcontext()
+
+
+def _custom_vjp(error) -> UnsupportedLayerError:
+    return UnsupportedLayerError(
+        f"a function with a custom_vjp rule: {' '.join(str(error).split())[:200]}",
+        "functions with JAX's own derivative, or with a custom_jvp rule",
+        "the NTK follows forward derivatives, and a custom_vjp rule has none; ignoring the rule would give the kernel "
+        "of another gradient",
+        "write the rule as jax.custom_jvp",
+        primitive="custom_vjp_call",
+    )

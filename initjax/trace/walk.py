@@ -1,0 +1,325 @@
+"""The walk over a model's program: every equation becomes a value of the domain, or is refused here and now.
+
+All conditions under which the infinite-width theory holds are checked during this walk, over the whole program, before
+a single moment is computed: evaluation is lazy, and a lazy check that is never reached protects nobody.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from initjax.errors import UnsupportedLayerError
+from initjax.trace.domain import Arena, Axis, Base, Const, Field, Sum, Tangent
+from initjax.trace.flax import layer_of
+from initjax.trace.inline import Equation
+from initjax.trace.jaxpr import float64, is_traced
+from initjax.trace.names import refusal
+from initjax.trace.program import Program
+from initjax.trace.views import WeightView
+
+INPUTS = "<inputs>"  # the pseudo-leaf of independent perturbations of the input, which carries chi
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One use of a weight leaf: in which role, which entries stand at which contraction and output index."""
+
+    role: str
+    view: WeightView
+    pattern: tuple
+    place: str
+
+
+@dataclasses.dataclass
+class Walked:
+    """The outcome of a walk.
+
+    Attributes
+    ----------
+    output, tangent : the model's output and its tangent (None: identically zero).
+    layers : name of every layer with weights -> its output, in program order.
+    tangents : name of the layer -> the tangent of that output.
+    notes : approximations that the user should know of.
+    """
+
+    output: Field
+    tangent: Field | None
+    layers: dict[str, Sum]
+    tangents: dict[str, Tangent]
+    notes: list[str]
+
+
+class Walk:
+    """State of one walk: values by number, uses of every weight leaf, layers met."""
+
+    def __init__(self, program: Program, arena: Arena | None = None):
+        self.program = program
+        self.arena = arena or Arena()
+        self.uses: dict[int, list[Use]] = {}
+        self.layers: dict[str, Sum] = {}
+        self.tangents: dict[str, Tangent] = {}
+        self.notes: dict[str, str] = {}
+        self.equation: Equation | None = None
+
+    # ------------------------------------------------------------------ services for the rules
+
+    def refuse(self, near: str, reason: str, remedy: str, what: str = "") -> UnsupportedLayerError:
+        assert self.equation is not None
+        return refusal(self.equation, near, reason, remedy, what)
+
+    def leaf_name(self, view: WeightView) -> str:
+        return INPUTS if view.leaf < 0 else self.program.leaves[view.leaf].name
+
+    def use(self, role: str, view: WeightView, pattern: tuple, near: str) -> None:
+        """Register a use of a weight and refuse it where it contradicts an earlier one."""
+        if view.leaf < 0:
+            return
+        mine = Use(role, dataclasses.replace(view, tangent=False, scale=1.0), pattern, near)
+        for other in self.uses.setdefault(view.leaf, []):
+            same = (role, mine.view.offset, pattern) == (other.role, other.view.offset, other.pattern)
+            if same or not mine.view.overlaps(other.view):
+                continue
+            name = self.leaf_name(view)
+            raise self.refuse(
+                near,
+                f"the weight {name} is used twice in different ways ({other.role} {other.pattern}, then {role} "
+                f"{pattern}): W and its transpose in one forward pass are not independent, and neglecting the "
+                "correlation gives a wrong kernel without a warning",
+                "untie the two uses; or measure this model at finite width with ij.empirical_ntk",
+                what=f"the weight {name} in a second, different role",
+            )
+        if mine not in self.uses[view.leaf]:
+            self.uses[view.leaf].append(mine)
+
+    def note(self, key: str, text: str) -> None:
+        self.notes.setdefault(key, text)
+
+    def record(self, layer: str, value: Field) -> None:
+        """Remember the output of a layer: first its contraction, then with its bias."""
+        if isinstance(value.body, Sum):
+            self.layers[layer] = value.body
+        else:
+            self.tangents[layer] = value.body
+
+    def bind(self, values: list[Any], params: dict | None = None) -> list[Any]:
+        """Evaluate the current equation on known arrays: eagerly in float64, or with tracers in their dtype."""
+        assert self.equation is not None
+        primitive = self.equation.primitive
+        params = self.equation.params if params is None else params
+        avals = [self.program.body.avals[n] for n in self.equation.inputs]
+
+        def run():
+            arrays = [v if _is_key(v) else jnp.asarray(v, aval.dtype) for v, aval in zip(values, avals, strict=True)]
+            out = primitive.bind(*arrays, **params)
+            return out if primitive.multiple_results else [out]
+
+        if any(is_traced(v) for v in values):
+            return run()
+        with float64():
+            return [o if _is_key(o) else np.asarray(o) for o in run()]
+
+    # ------------------------------------------------------------------ the walk
+
+    def run(self, inputs: list[Any]) -> Walked:
+        """Walk the program on concrete or traced input leaves."""
+        from initjax.trace import contract  # noqa: F401  (adds its rules)
+        from initjax.trace.rules import RULES, const_rule
+
+        values = self._start(inputs)
+        body = self.program.body
+        for equation in body.equations:
+            self.equation = equation
+            operands = [values[n] for n in equation.inputs]
+            if all(isinstance(v, Const) for v in operands):
+                results = const_rule(self, operands)
+            else:
+                rule: Callable | None = RULES.get(equation.name)
+                try:
+                    if rule is None:
+                        raise self.refuse(near_of(operands), *_reason(equation.name))
+                    results = rule(self, operands)
+                except UnsupportedLayerError:
+                    # perturbations of the input serve chi alone: where they cannot be followed, chi is missing
+                    if not any(isinstance(v, Field) for v in operands) or not all(map(_spare, operands)):
+                        raise
+                    results = [const(np.zeros(body.avals[n].shape)) for n in equation.outputs]
+            values.update(zip(equation.outputs, results, strict=True))
+        output, tangent = (values[n] for n in body.outputs)
+        return Walked(
+            self._finished(output), self._finished(tangent, True), self.layers, self.tangents, list(self.notes.values())
+        )
+
+    def _start(self, inputs) -> dict[int, Any]:
+        program, body = self.program, self.program.body
+        values: dict[int, Any] = {}
+        for number, value in body.constants.items():
+            values[number] = const(value)
+        numbers = iter(body.inputs)
+        for tangent in (False, True):
+            for index, leaf in enumerate(program.leaves):
+                if not tangent and leaf.kind == "constant":
+                    assert leaf.value is not None
+                    value = np.asarray(leaf.value, np.float64)
+                    values[next(numbers)] = const(value, leaf.shape, leaf.name)
+                else:
+                    values[next(numbers)] = WeightView.of(index, tangent, leaf.shape)
+        for value in inputs:
+            value = value if is_traced(value) else np.asarray(value)
+            values[next(numbers)] = Const(value, tuple(value.shape))
+        offset = 0
+        for shape, real in zip(program.input_shapes, program.floating, strict=True):
+            if not real:
+                continue
+            # one perturbation per feature, the same for every example: only same-example moments are used
+            strides = [0] * len(shape)
+            step = 1
+            for axis in range(len(shape) - 1, 0, -1):
+                strides[axis], step = step, step * shape[axis]
+            view = WeightView(-1, True, offset, tuple(shape), tuple(strides))
+            values[next(numbers)] = self.as_field(view, self.positions(shape))
+            offset += step
+        return values
+
+    def _finished(self, value, tangent: bool = False):
+        if isinstance(value, WeightView):
+            value = self.as_field(value, self.positions(value.shape))
+        if isinstance(value, Const):
+            if tangent and value.scalar == 0:
+                return None
+            return Field(self.as_sum(value), (1,) * len(value.shape))
+        return value
+
+    # ------------------------------------------------------------------ constants and weights as fields
+
+    def as_sum(self, value: Const) -> Sum:
+        """A known array as a field of positions only."""
+        axes = tuple(Axis(n, False) for n in value.shape)
+        scalar = value.scalar
+        return self.arena.sum(axes, (), float(scalar) if scalar is not None else value.value)
+
+    def positions(self, shape: tuple[int, ...]) -> Field:
+        """The zero field of this shape, without channels: a pattern for `as_field`."""
+        return Field(self.arena.sum(tuple(Axis(n, False) for n in shape), ()), (1,) * len(shape))
+
+    def as_field(self, view: WeightView, like: Field) -> Field:
+        """A weight as a Gaussian field along the axes of `like`."""
+        axes, near = like.body.axes, like.near
+        fitted = _fit(view, like)
+        if fitted is None:
+            raise self.refuse(
+                near,
+                f"the weight {self.leaf_name(view)} of shape {view.shape} cannot be aligned with {like.shape}",
+                "give the weight the shape of the features it is added to",
+            )
+        view = fitted
+        if any(a.channel and a.size > 1 and s == 0 for a, s in zip(axes, view.strides, strict=True)):
+            raise self.refuse(
+                near,
+                f"the weight {self.leaf_name(view)} is one number for all channels, so channels are not independent",
+                "initialise it as a constant, or give it one entry a channel",
+            )
+        axes = tuple(
+            Axis(n, a.channel and a.size == n) if n != 1 else Axis(1, a.channel and a.size == 1)
+            for a, n in zip(axes, view.shape, strict=True)
+        )
+        self.check_iid(view, near)
+        channels = [i for i, a in enumerate(axes) if a.channel]
+        self.use("added", view, (view.pattern(channels),), near)
+        stats = self.program.leaves[view.leaf] if view.leaf >= 0 else None
+        gaussian = view.tangent or stats is None or stats.gaussian
+        name = self.leaf_name(view)
+        plain = dataclasses.replace(view, scale=1.0)
+        key = ("vector", plain, axes)
+        base = self.arena.atom(Base, key, axes, "vector", plain, None, (), layer_of(name), gaussian, view.tangent)
+        total = self.arena.sum(axes, [(base, view.scale)])
+        body = Tangent(axes, ((None, total),)) if view.tangent else total
+        return Field(body, like.groups, near)
+
+    def check_iid(self, view: WeightView, near: str) -> None:
+        """Refuse weights whose entries are not identically distributed with mean zero."""
+        if view.leaf < 0 or view.tangent:
+            return
+        stats = self.program.leaves[view.leaf]
+        if stats.kind == "structured":
+            raise self.refuse(
+                near,
+                f"the entries of {stats.name} are not identically distributed ({stats.note})",
+                "use an initializer with i.i.d. entries, or measure at finite width with ij.empirical_ntk",
+                what=f"the weight {stats.name}",
+            )
+        if stats.mean != 0.0:
+            raise self.refuse(
+                near,
+                f"the entries of {stats.name} have mean {stats.mean:.6g}, not zero: sums over channels then grow like "
+                "the width instead of its root",
+                "use a centred initializer (jax.nn.initializers.uniform draws from [0, scale); subtract scale / 2)",
+                what=f"the weight {stats.name}",
+            )
+
+
+def const(value, shape: tuple[int, ...] | None = None, leaf: str = "") -> Const:
+    """A known array, stored with size 1 along every axis if it is uniform."""
+    shape = tuple(np.shape(value)) if shape is None else tuple(shape)
+    if not is_traced(value) and not _is_key(value):
+        value = np.asarray(value)
+        if value.size and (value == value.flat[0]).all():
+            value = value.reshape(-1)[:1].reshape((1,) * len(shape))
+    return Const(value, shape, leaf)
+
+
+def is_perturbation(body) -> bool:
+    """Whether a body is a perturbation of the input that has met no weight yet."""
+    sums = [g for _, g in body.parts] if isinstance(body, Tangent) else []
+    return bool(sums) and all(_perturbs(atom) for g in sums for atom, _ in g.terms)
+
+
+def _perturbs(atom) -> bool:
+    if isinstance(atom, Base):
+        return atom.view.leaf < 0
+    source = getattr(atom, "source", None)
+    return is_perturbation(source) or isinstance(source, Sum) and all(_perturbs(a) for a, _ in source.terms)
+
+
+def _spare(value) -> bool:
+    return isinstance(value, Const) or isinstance(value, Field) and is_perturbation(value.body)
+
+
+def _is_key(value) -> bool:
+    return isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.extended)
+
+
+def near_of(operands) -> str:
+    """The last layer that any operand went through."""
+    return next((v.near for v in operands if isinstance(v, Field) and v.near), "")
+
+
+def _fit(view: WeightView, like: Field) -> WeightView | None:
+    """The view with one axis for each axis of a field, size 1 where it is broadcast."""
+    if len(view.shape) != len(like.groups):
+        return None
+    target: list[int] = []
+    for size, total, count in zip(view.shape, like.shape, like.groups, strict=True):
+        parts = [axis.size for axis in like.body.axes[len(target) : len(target) + count]]
+        if size not in (1, total):
+            return None
+        target += parts if size == total else [1] * count
+    return view.reshaped(tuple(target))
+
+
+def _reason(name: str) -> tuple[str, str]:
+    known = {
+        "scan": "a loop whose body mixes weights and activations is not covered yet",
+        "while": "the number of turns of a data-dependent loop is not known when the model is traced",
+        "cond": "which branch is taken depends on data",
+        "conv_general_dilated": "convolutions are not covered yet",
+        "reduce_max": "a maximum over positions or channels is not a function of one Gaussian",
+        "argmax": "it depends on the order of the entries, not on Gaussian moments",
+        "sort": "it depends on the order of the entries, not on Gaussian moments",
+        "gather": "picking entries by index is not covered yet",
+    }
+    reason = known.get(name, "no exact infinite-width rule is known to this version for it")
+    return reason, "measure this model at finite width with ij.empirical_ntk; or replace the layer"
