@@ -171,10 +171,7 @@ def _sample(functional, program, layers, inputs, n, key, seeds, memory):
     """q, gradients and correlations, each (networks, L, ...), of one chunk of networks after another."""
     values = [layer.value for layer in layers]
 
-    def one_network(key):
-        init_key, readout_key = jax.random.split(key)
-        params = functional.init(init_key)
-
+    def one_network(params, readout_key):
         def run(taps):
             seen = {}
 
@@ -206,11 +203,12 @@ def _sample(functional, program, layers, inputs, n, key, seeds, memory):
     budget = default_memory() if memory is None else int(memory)
     at_once = int(min(seeds, max(1, budget // (2 * params_bytes + held + 8 * len(values) * n * n))))
     at_once = -(-seeds // -(-seeds // at_once))
-    keys = jax.random.split(key, seeds)
+    keys = jax.vmap(jax.random.split)(jax.random.split(key, seeds))
+    draw = jax.vmap(functional.init)  # not jitted: layers share a few small programs, all at once compile for seconds
     chunk = jax.jit(jax.vmap(one_network))
     for start in range(0, seeds, at_once):
         index = np.minimum(np.arange(start, start + at_once), seeds - 1)
-        parts = jax.tree.map(lambda a: np.asarray(a, np.float64), chunk(keys[index]))
+        parts = jax.tree.map(lambda a: np.asarray(a, np.float64), chunk(draw(keys[index, 0]), keys[index, 1]))
         (q_size, q), (g_size, g), correlation = parts
         fresh = slice(seeds - start)  # the last chunk is filled up with its last network
         yield (q_size**2 * q)[fresh], (g_size**2 * g)[fresh], correlation[fresh]
