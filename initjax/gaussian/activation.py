@@ -17,7 +17,7 @@ import numpy as np
 from initjax.errors import InputError, NotElementwiseError, QuadratureError
 from initjax.gaussian.kinks import find_kinks
 from initjax.gaussian.nodes import ORDER, legendre, legendre_transform
-from initjax.trace.jaxpr import float64
+from initjax.trace.jaxpr import float64, is_traced
 
 Callback = Callable[..., jax.Array]
 _SIZES = (256, 4096, 65536, 524288)  # batch sizes that are compiled; everything is padded to one of them
@@ -297,7 +297,7 @@ def _check_elementwise(fn, name: str) -> None:
             raise refuse(f"it maps shape (2, 3) to {tuple(out.shape)}")
         if not jnp.issubdtype(out.dtype, jnp.floating):
             raise refuse(f"it maps float64 to {out.dtype}")
-        if isinstance(out, jax.core.Tracer):
+        if is_traced(out):
             raise refuse("it closes over a traced value, so it has no definite values")
         try:
             alone = np.stack([np.asarray(fn(jnp.asarray(v))) for v in x.ravel()]).reshape(x.shape)
