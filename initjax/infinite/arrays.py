@@ -152,7 +152,7 @@ def _entries(a: Base) -> np.ndarray:
 # ------------------------------------------------------------------ Gaussian expectations of expressions
 
 
-def expect(f: Expr, q):
+def expect(f: Expr, q) -> Any:
     """E[f(sqrt(q) z)], or None for the identity."""
     if f is VARIABLE:
         return None

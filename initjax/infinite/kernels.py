@@ -175,7 +175,7 @@ def kernel_fn(
     model : linen module, nnx module, nnx factory `lambda rngs: Model(rngs=rngs)`, or pair `(init_fn, apply_fn)`.
     inputs : example batch (n, ...), or a tuple or dict of call arguments; fixes shapes, not values.
     parameterization : "standard": eta = 1, the kernel of plain gradient descent on this Flax model at its own widths,
-        to leading order in the width. "ntk": eta = Var(leaf) for random leaves and 1 for constant ones, the kernel of the
+        to leading order. "ntk": eta = Var(leaf) for random leaves and 1 for constant ones, the kernel of the
         NTK-parameterized twin, free of widths. A dict {regular expression: eta}: learning-rate weights of the leaves
         whose path it finds (muP, frozen layers); 1 for the others.
     apply_kwargs : further keyword arguments of every call, such as `train=False`.
@@ -188,8 +188,8 @@ def kernel_fn(
 
     Raises
     ------
-    UnsupportedLayerError : a layer outside the exact theory, named with primitive, reason and remedy; decided here, over
-        the whole program, before anything is computed.
+    UnsupportedLayerError : a layer outside the exact theory, named with primitive, reason and remedy; decided here,
+        over the whole program, before anything is computed.
     InputError : no model, inputs that do not fit, unknown parameterization, a pattern that finds no leaf.
 
     Accuracy

@@ -328,8 +328,7 @@ class Moments:
         return {leaf: scale(sum_matching(value, a, b), factor) for leaf, value in inner.items()}
 
     def _dot_maps(self, a: Atom, b: Atom, diagonal: bool) -> Leaves:
-        both = isinstance(a, Lin) and isinstance(b, Lin) and a.map == b.map
-        if diagonal and both and a.map.kind != "sum":
+        if diagonal and isinstance(a, Lin) and isinstance(b, Lin) and a.map == b.map and a.map.kind != "sum":
             inner = self._source_moments(a.source, b.source, True)
             return {leaf: a.map.apply(value, a.source.axes) for leaf, value in inner.items()}
         if diagonal:  # a sum over positions needs the pairs of positions of one example
@@ -373,7 +372,10 @@ def sources(atom: Atom) -> list:
     """The bodies an atom is made of."""
     if isinstance(atom, Base):
         return [] if atom.operand is None else [atom.operand]
-    return [atom.leaf] if isinstance(atom, Ew) else [atom.source]
+    if isinstance(atom, Ew):
+        return [atom.leaf]
+    assert isinstance(atom, Lin)
+    return [atom.source]
 
 
 def reachable(bodies: list) -> list[Atom]:

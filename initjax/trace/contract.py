@@ -98,8 +98,8 @@ def _check_channels(walk: Walk, body, contracted, name: str, near: str) -> None:
             return
         raise walk.refuse(
             near,
-            f"the weight {name} sums over positions of a field that has no channels left: finitely many random numbers, "
-            "to which no central limit theorem applies",
+            f"the weight {name} sums over positions of a field that has no channels left: finitely many random "
+            "numbers, to which no central limit theorem applies",
             _MEASURE,
         )
     if any(i in contracted for i in channels):

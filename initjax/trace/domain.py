@@ -197,7 +197,7 @@ class Field:
     `near` is the last layer it went through, for messages.
     """
 
-    body: Sum | Tangent
+    body: Any  # Sum or Tangent
     groups: tuple[int, ...]
     near: str = ""
 
@@ -233,7 +233,7 @@ class Arena:
             self._atoms[key] = kind(self._count, *fields, **named)
         return self._atoms[key]
 
-    def sum(self, axes: Axes, terms, constant=0.0) -> Sum:
+    def sum(self, axes: Axes, terms, constant: Any = 0.0) -> Sum:
         """Collect terms: equal atoms are added, zeros dropped, the order is that of creation."""
         collected: dict[int, list] = {}
         for atom, coefficient in terms:

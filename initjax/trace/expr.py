@@ -47,7 +47,9 @@ class Expr:
 
     @functools.cached_property
     def _order(self) -> list["Expr"]:
-        order, seen, stack = [], set(), [(self, False)]
+        order: list[Expr] = []
+        seen: set[int] = set()
+        stack: list[tuple[Expr, bool]] = [(self, False)]
         while stack:
             node, expanded = stack.pop()
             if expanded:

@@ -176,7 +176,7 @@ def _step(equation: Equation, operands: list, program: Straight) -> list:
         nodes = draws[0].values
         arrays = [x.values if isinstance(x, _Draw) else np.full_like(nodes, _uniform_value(x)) for x in operands]
         return [_Draw(draws[0].key, elementwise(equation, arrays), draws[0].mantissa)]
-    if name == "convert_element_type" and plain:
+    if name == "convert_element_type" and isinstance(first, _Draw):
         return [_Draw(first.key, _converted(first.values, params["new_dtype"]), first.mantissa)]
     if name == "broadcast_in_dim" and plain:
         return [first]

@@ -27,4 +27,7 @@ def float64():
 
 def is_traced(*values) -> bool:
     """Whether any leaf of `values` is a tracer (of jit, grad or vmap)."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
+    return any(
+        isinstance(leaf, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
+        for leaf in jax.tree.leaves(values)
+    )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from initjax.trace import expr as ex
-from initjax.trace.domain import Axis, Const, Ew, Field, Relayout, Sum, Tangent, extents
+from initjax.trace.domain import Axis, Base, Const, Ew, Field, Relayout, Sum, Tangent, extents
 from initjax.trace.initstats import ELEMENTWISE
 from initjax.trace.jaxpr import is_traced
 from initjax.trace.views import WeightView
@@ -155,7 +155,7 @@ def _name(walk: Walk) -> str:
 # ------------------------------------------------------------------ arithmetic
 
 
-def scaled(walk: Walk, body, factor):
+def scaled(walk: Walk, body, factor) -> Any:
     """factor * body, for a number or an array over positions."""
     arena = walk.arena
     if isinstance(body, Tangent):
@@ -164,7 +164,7 @@ def scaled(walk: Walk, body, factor):
     return arena.sum(body.axes, terms, body.constant * factor)
 
 
-def total(walk: Walk, bodies: list):
+def total(walk: Walk, bodies: list) -> Any:
     """The sum of Sums, or of Tangents."""
     arena, axes = walk.arena, bodies[0].axes
     if isinstance(bodies[0], Tangent):
@@ -205,7 +205,7 @@ def _function(walk: Walk, primitive, params: dict, bodies: list, near: str) -> S
 
 def _why_no_leaf(walk: Walk, sums: list[Sum]) -> tuple[str, str]:
     atoms = [atom for s in sums for atom, _ in s.terms]
-    biases = [a for a in atoms if getattr(a, "kind", "") == "vector" and not a.gaussian]
+    biases = [a for a in atoms if isinstance(a, Base) and a.kind == "vector" and not a.gaussian]
     if biases:
         name = walk.leaf_name(biases[0].view)
         return (
@@ -308,7 +308,9 @@ def _mul(walk: Walk, operands):
     return [Field(_times(walk, bodies, like), like.groups, like.near)]
 
 
-def _times(walk: Walk, bodies, like: Field):
+def _times(walk: Walk, bodies, like: Field) -> Any:
+    left: Any
+    right: Any
     left, right = bodies
     for one, other in ((left, right), (right, left)):
         if isinstance(one, Const):

@@ -184,7 +184,7 @@ class Walk:
             offset += step
         return values
 
-    def _finished(self, value, tangent: bool = False):
+    def _finished(self, value, tangent: bool = False) -> Any:
         if isinstance(value, WeightView):
             value = self.as_field(value, self.positions(value.shape))
         if isinstance(value, Const):
