@@ -275,14 +275,14 @@ def _from_draw(name: str, leaf, draw: _Draw) -> LeafStats:
 def _is_linear(z, values, reach: float, tolerance: float) -> bool:
     inside = np.abs(z) < reach
     slope, offset = np.polyfit(z[inside], values[inside], 1)
-    return slope != 0 and np.max(np.abs(values[inside] - offset - slope * z[inside])) < tolerance * abs(slope)
+    return bool(slope != 0 and np.max(np.abs(values[inside] - offset - slope * z[inside])) < tolerance * abs(slope))
 
 
 def _is_flat(values) -> bool:
     """Whether F is affine in the uniform."""
     u = _uniform_nodes(52)
     slope, offset = np.polyfit(u, values, 1)
-    return slope != 0 and np.max(np.abs(values - offset - slope * u)) < 1e-5 * abs(slope)
+    return bool(slope != 0 and np.max(np.abs(values - offset - slope * u)) < 1e-5 * abs(slope))
 
 
 def _normal_quantile(u: float) -> float:
