@@ -147,7 +147,7 @@ def test_report_holds_every_promised_number(tiny_report):
     assert [line.predicted.phase for line in report.lines] == ["ordered", "ordered", "critical", "chaotic"]
     for line in report.lines:
         assert line.predicted.q.shape == line.measured.q.mean.shape == (6,)
-        assert line.predicted.gradient.shape == line.measured.log10_gradient.mean.shape == (5,)
+        assert line.predicted.gradient.shape == line.measured.log10_gradient.mean.shape == (6,)
         assert line.predicted.gradient[-1] == 1.0 and line.measured.log10_gradient.mean[-1] == 0.0
         assert line.predicted.ntk_condition_number > 1
         assert line.measured.log10_ntk_condition_number.mean > 0

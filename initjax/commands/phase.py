@@ -112,7 +112,7 @@ def _diagram(activation, phi: str, sigma_w, sigma_b, points: int, as_json: bool,
     with collected_warnings() as notes:
         diagram = meanfield.phase_diagram(activation, weights, biases)
     phase = np.asarray(diagram.phase)
-    line = np.asarray(diagram.critical_line, np.float64)
+    line = dict(zip(("sigma_w", "sigma_b", "stable"), np.asarray(diagram.critical_line).T, strict=True))
     data = {
         "command": "phase",
         "phi": phi,
@@ -120,7 +120,7 @@ def _diagram(activation, phi: str, sigma_w, sigma_b, points: int, as_json: bool,
         "sigma_b": biases,
         "axes": "arrays are indexed [sigma_w, sigma_b]",
         "phase": phase,
-        "critical_line": {"sigma_b": biases, "sigma_w": line},
+        "critical_line": line,
         **{name: getattr(diagram, name) for name in ("q", "c", "chi_1", "xi_q", "xi_c")},
     }
     saved = []
@@ -128,7 +128,7 @@ def _diagram(activation, phi: str, sigma_w, sigma_b, points: int, as_json: bool,
         drawing, axes = figure()
         diagram.plot(ax=axes)
         saved = save(out, "phase", data, drawing)
-    tables = [] if as_json else [_map(phi, phase, weights, biases), _line_table(phi, biases, line)]
+    tables = [] if as_json else [_map(phi, phase, weights, biases), _line_table(phi, line)]
     show(data, tables, as_json=as_json, saved=saved, notes=notes)
 
 
@@ -153,15 +153,20 @@ def _map(phi: str, phase, sigma_w, sigma_b):
     return text
 
 
-def _line_table(phi: str, sigma_b, line):
+def _line_table(phi: str, line: dict):
     import numpy as np
     from rich.table import Table
 
     table = Table(title=f"Edge of chaos of {phi}: chi_1 = 1", title_justify="left")
     table.add_column("sigma_b", justify="right")
     table.add_column("critical sigma_w", justify="right")
-    for index in np.unique(np.linspace(0, len(sigma_b) - 1, 6).astype(int)):
-        table.add_row(f"{sigma_b[index]:.4g}", f"{line[index]:.8g}" if np.isfinite(line[index]) else "none")
+    table.add_column("stable")
+    for index in np.unique(np.linspace(0, len(line["sigma_b"]) - 1, 6).astype(int)):
+        sigma_w, sigma_b, stable = (line[name][index] for name in ("sigma_w", "sigma_b", "stable"))
+        if np.isfinite(sigma_w):
+            table.add_row(f"{sigma_b:.4g}", f"{sigma_w:.8g}", "yes" if stable else "no")
+        else:
+            table.add_row(f"{sigma_b:.4g}", "none", "")
     return table
 
 

@@ -94,12 +94,11 @@ def _signal(upper, lower, report: "Report") -> None:
         shown = slice(0, None, max(1, len(layers) // 10))
         q = line.measured.q
         upper.errorbar(layers[shown], q.mean[shown], q.standard_error[shown], **points)
-        hidden = np.arange(1, len(line.predicted.gradient) + 1)
-        lower.plot(hidden, line.predicted.gradient, color=colour, linewidth=1.2)
+        lower.plot(layers, line.predicted.gradient, color=colour, linewidth=1.2)
         logs = line.measured.log10_gradient
         mean, low = 10**logs.mean, 10 ** (logs.mean - logs.standard_error)
         high = 10 ** (logs.mean + logs.standard_error)
-        lower.errorbar(hidden[shown], mean[shown], [(mean - low)[shown], (high - mean)[shown]], **points)
+        lower.errorbar(layers[shown], mean[shown], [(mean - low)[shown], (high - mean)[shown]], **points)
     upper.set_yscale("log")
     lower.set_yscale("log")
     upper.tick_params(labelbottom=False)

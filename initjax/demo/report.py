@@ -42,7 +42,7 @@ class Predicted:
     chi : gradient gain per layer at the fixed point.
     xi_grad, xi_c : depth scales of gradients (negative: exploding) and of correlations, in layers.
     q : pre-activation second moment of layers 1 to depth.
-    gradient : second moment of the gradient of layer l relative to the last hidden layer, layers 1 to depth - 1.
+    gradient : second moment of the gradient of layer l relative to the last layer, layers 1 to depth.
     ntk_condition_number : of the tangent kernel on the subset of training images.
     trainable : whether this depth should learn.
     """
@@ -64,7 +64,7 @@ class Measured:
     Attributes
     ----------
     q : pre-activation second moment of layers 1 to depth.
-    log10_gradient : decimal logarithm of the gradient second moment relative to the last hidden layer.
+    log10_gradient : decimal logarithm of the gradient second moment relative to the last layer.
     log10_ntk_condition_number : decimal logarithm of the condition number of the empirical tangent kernel.
 
     Ratios over many layers are products of random factors, so their logarithm is what has a mean and an error.

@@ -27,11 +27,11 @@ class DemoConfig:
     seed : of every random draw.
     """
 
-    depth: int = 40
-    width: int = 100
-    draws: int = 8
+    depth: int = 32
+    width: int = 128
+    draws: int = 6
     seeds: int = 3
-    ntk_images: int = 40
+    ntk_images: int = 24
     steps: int = 400
     batch: int = 64
     evaluations: int = 20
@@ -85,6 +85,7 @@ def run(config: DemoConfig | None = None, progress: Callable[[str, int], Callabl
     """
     import jax
 
+    from initjax import empirical
     from initjax.demo import data, network, theory, training
     from initjax.demo.report import Line, Report, Series
 
@@ -105,9 +106,10 @@ def run(config: DemoConfig | None = None, progress: Callable[[str, int], Callabl
         advance(1)
 
     advance = progress("Measuring at finite width", len(setups))
+    ntk_fn = empirical.empirical_ntk(setups[0].model(config.depth, config.width))
     measured = []
     for setup in setups:
-        measured.append(theory.measure(setup, config.depth, config.width, images, config.draws, measure_key))
+        measured.append(theory.measure(setup, config.depth, config.width, images, config.draws, measure_key, ntk_fn))
         advance(1)
 
     curves = training.train(

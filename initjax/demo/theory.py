@@ -1,7 +1,5 @@
 """What theory says of one initialization before any training, and what a few random networks show."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,43 +7,52 @@ import numpy as np
 from initjax.demo.network import Setup
 from initjax.demo.report import Diagram, Measured, Predicted, Series
 from initjax.demo.verdict import DEPTH_SCALES, is_trainable
+from initjax.trace.jaxpr import float64
 
 
 def predict(setup: Setup, depth: int, width: int, images: np.ndarray) -> Predicted:
-    """Phase, depth scales, signal, gradients and tangent kernel at infinite width.
-
-    The images have |x|^2 / d = 1, so the first layer's pre-activations have second moment sigma_w^2 + sigma_b^2.
-    """
+    """Phase and depth scales from mean-field theory; signal, gradients and tangent kernel from the module as written."""
     from initjax import infinite, meanfield, spectrum
 
     point = meanfield.fixed_point(jnp.tanh, setup.sigma_w, setup.sigma_b)
-    first = setup.sigma_w**2 + setup.sigma_b**2
-    signal = meanfield.propagate(jnp.tanh, setup.sigma_w, setup.sigma_b, depth - 1, q0=first)
-    kernel = infinite.kernel_fn(setup.model(depth, width), images[:1])(images)
+    kernel = infinite.kernel_fn(setup.model(depth, width), images)(images)
     xi_grad, xi_c = float(point.xi_grad), float(point.xi_c)
     return Predicted(
         phase=str(point.phase),
         chi=float(point.chi_1),
         xi_grad=xi_grad,
         xi_c=xi_c,
-        q=np.asarray(signal.q),
-        gradient=backward(np.asarray(signal.chi)[: depth - 1]),
-        ntk_condition_number=float(spectrum.condition_number(np.asarray(kernel.ntk))),
+        q=np.array([layer.q.mean() for layer in kernel.layers]),
+        gradient=np.array([layer.gradient.mean() for layer in kernel.layers]),
+        ntk_condition_number=float(spectrum.condition_number(kernel.ntk)),
         trainable=is_trainable(depth, xi_grad, xi_c),
     )
 
 
-def backward(chi: np.ndarray) -> np.ndarray:
-    """Gradient second moment at each hidden layer over that at the last: the product of the gains on the way back.
+def measure(setup: Setup, depth: int, width: int, images: np.ndarray, draws: int, key: jax.Array, ntk_fn) -> Measured:
+    """Signal, gradients and tangent kernel of `draws` random networks, as drawn by their initializers.
 
-    The gradient that arrives at pre-activation l is multiplied by phi'(h^l)^2, so the last layer's own gain drops out.
-
-    Examples
-    --------
-    >>> backward(np.array([0.5, 2.0, 3.0])).tolist()
-    [1.0, 2.0, 1.0]
+    `ntk_fn` is the empirical kernel of the network, whose initializers do not matter to it: one for all setups is
+    compiled once.
     """
-    return np.cumprod(np.append(chi[:-1], 1.0)[::-1])[::-1]
+    from initjax import empirical, spectrum
+
+    signal_key, kernel_key = jax.random.split(key)
+    model = setup.model(depth, width)
+    signals = empirical.measure(model, images, key=signal_key, seeds=draws)
+    gradients = signals.gradient_samples.mean(axis=-1)
+    conditions = []
+    for one in jax.random.split(kernel_key, draws):
+        params = model.init(one, images[:1])["params"]
+        with float64():  # the smallest eigenvalues of a cold network lie below float32's rounding of the largest
+            params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+            kernel = np.asarray(ntk_fn(params, np.asarray(images, np.float64)))
+        conditions.append(np.log10(spectrum.condition_number(kernel)))
+    return Measured(
+        q=Series.over(signals.q_samples.mean(axis=-1)),
+        log10_gradient=Series.over(np.log10(gradients / gradients[:, -1:])),
+        log10_ntk_condition_number=Series.over(np.array(conditions)[:, None]).at(0),
+    )
 
 
 def diagram(points: int, depth: int, sigma_w: tuple[float, float], sigma_b: tuple[float, float]) -> Diagram:
@@ -58,4 +65,4 @@ def diagram(points: int, depth: int, sigma_w: tuple[float, float], sigma_b: tupl
     # rates, 1 / xi, pass smoothly through zero on the critical line where depth scales are infinite
     rate = np.maximum(np.abs(np.log(chi)), 1 / np.asarray(found.xi_c))
     excess = np.where(chi < 1, -1, 1) * depth * rate / DEPTH_SCALES
-    return Diagram(weights, biases, excess, np.asarray(found.critical_line))
+    return Diagram(weights, biases, excess, found.critical_line[:, 0])

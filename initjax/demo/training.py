@@ -65,7 +65,7 @@ def train(
     weights_key, batch_key = jax.random.split(key)
     x = jnp.asarray(data.x_train[:1])
     keys = jax.random.split(weights_key, seeds)
-    # Not jitted: layer after layer asks for the same few programs, where one program of all layers compiles for seconds.
+    # Not jitted: the layers share a few small programs, where one program of all layers would compile for seconds.
     drawn = [jax.vmap(model.init, (0, None))(keys, x) for model in models]
     params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *drawn)
     apply = models[0].apply

@@ -78,11 +78,12 @@ def verdict(outcomes: Sequence[Outcome], *, depth: int, steps: int, chance: floa
     )
     reached = ", ".join(f"{one.name} {_percent(one.accuracy)}" for one in outcomes)
     happened = f"after {steps} steps the test accuracy is {reached} (guessing: {100 * chance:.0f} %)"
+    told = "so prediction and training agree on "
     if wrong:
-        which = " and ".join(one.name for one in wrong)
-        told = f"so prediction and training agree on {len(outcomes) - len(wrong)} of {len(outcomes)} and DISAGREE on {which}"
+        names = " and ".join(one.name for one in wrong)
+        told += f"{len(outcomes) - len(wrong)} of {len(outcomes)} and DISAGREE on {names}"
     else:
-        told = f"so prediction and training agree on all {len(outcomes)}"
+        told += f"all {len(outcomes)}"
     return f"{predicted}; {happened}, {told}{_at_other_rates(outcomes, chance)}; {_gradients(outcomes)}."
 
 
