@@ -1,0 +1,247 @@
+"""Models written as their authors would write them, without a thought of initjax; linen and nnx twins."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
+
+ACTIVATIONS = {
+    "relu": nn.relu,
+    "leaky_relu": nn.leaky_relu,
+    "erf": jax.lax.erf,
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "tanh": jnp.tanh,
+    "abs": jnp.abs,
+}
+
+he = jax.nn.initializers.he_normal()
+wide = jax.nn.initializers.variance_scaling(1.8, "fan_in", "normal")
+small = jax.nn.initializers.normal(0.1)
+
+
+class MLP(nn.Module):
+    """Three hidden layers with biases."""
+
+    activation: str = "relu"
+    width: int = 256
+    outputs: int = 1
+    kernel_init: object = wide
+    bias_init: object = small
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(3):
+            x = nn.Dense(self.width, kernel_init=self.kernel_init, bias_init=self.bias_init)(x)
+            x = ACTIVATIONS[self.activation](x)
+        return nn.Dense(self.outputs, kernel_init=self.kernel_init, bias_init=self.bias_init)(x)
+
+
+class MLPnnx(nnx.Module):
+    """The same network in nnx."""
+
+    def __init__(self, features, activation="relu", width=256, outputs=1, *, rngs):
+        sizes = [features, width, width, width, outputs]
+        self.layers = nnx.List(
+            [
+                nnx.Linear(a, b, kernel_init=wide, bias_init=small, rngs=rngs)
+                for a, b in zip(sizes[:-1], sizes[1:], strict=True)
+            ]
+        )
+        self.activation = activation
+
+    def __call__(self, x):
+        for layer in self.layers[:-1]:
+            x = ACTIVATIONS[self.activation](layer(x))
+        return self.layers[-1](x)
+
+
+class PreActivationResNet(nn.Module):
+    """A residual MLP: every block adds a branch to a linear stream."""
+
+    width: int = 128
+    blocks: int = 2
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(self.width)(x)
+        for _ in range(self.blocks):
+            h = nn.Dense(self.width, kernel_init=he)(nn.relu(x))
+            x = x + 0.5 * nn.Dense(self.width, kernel_init=he)(nn.relu(h))
+        return nn.Dense(1)(nn.relu(x))
+
+
+class DependentBranches(nn.Module):
+    """x + x and tanh(u) + u: sums of what is not independent."""
+
+    @nn.compact
+    def __call__(self, x):
+        u = nn.Dense(128)(x)
+        u = u + u
+        h = jnp.tanh(u) + 0.3 * u
+        return nn.Dense(1)(h)
+
+
+class TiedRecurrent(nn.Module):
+    """One Dense applied three times: shared weights in one role."""
+
+    @nn.compact
+    def __call__(self, x):
+        cell = nn.Dense(128, kernel_init=wide, bias_init=small)
+        h = nn.Dense(128)(x)
+        for _ in range(3):
+            h = cell(jnp.tanh(h))
+        return nn.Dense(1)(h)
+
+
+class FlattenedSequence(nn.Module):
+    """Dense on every position, then flatten, then a readout."""
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.relu(nn.Dense(64, kernel_init=he, bias_init=small)(x))
+        return nn.Dense(1)(h.reshape(h.shape[0], -1))
+
+
+class PooledSequence(nn.Module):
+    """Dense on every position, then the mean over positions."""
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.relu(nn.Dense(64, kernel_init=he, bias_init=small)(x))
+        return nn.Dense(1)(h.mean(axis=1))
+
+
+class TiedAutoencoder(nn.Module):
+    """relu(x W) W^T: the weights in two roles."""
+
+    width: int = 256
+
+    @nn.compact
+    def __call__(self, x):
+        w = self.param("w", jax.nn.initializers.lecun_normal(), (x.shape[-1], self.width), x.dtype)
+        return nn.relu(x @ w) @ w.T
+
+
+class TokenMixing(nn.Module):
+    """A Dense over positions between Dense layers over channels, as in an MLP-Mixer."""
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.relu(nn.Dense(64)(x))
+        h = nn.Dense(h.shape[1], name="mix")(h.swapaxes(1, 2)).swapaxes(1, 2)
+        return nn.Dense(1)(nn.relu(h).reshape(h.shape[0], -1))
+
+
+class FixedMatrix(nn.Module):
+    """A given matrix over channels, as a blur or a whitening."""
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.Dense(64)(x)
+        return nn.Dense(1)(nn.relu(h @ jnp.tri(64, dtype=h.dtype)))
+
+
+class ChannelMax(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        h = nn.Dense(64)(x)
+        return nn.Dense(1)(h - h.max(axis=-1, keepdims=True))
+
+
+class Gated(nn.Module):
+    """A gate: the product of functions of two Gaussians."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(1)(nn.silu(nn.Dense(64)(x)) * nn.Dense(64)(x))
+
+
+class PostActivationResNet(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(64)(x))
+        x = nn.relu(x + nn.Dense(64)(x))
+        return nn.Dense(1)(x)
+
+
+class UniformBias(nn.Module):
+    """PyTorch's bias: random, not Gaussian, and not a sum of many."""
+
+    @nn.compact
+    def __call__(self, x):
+        def bias_init(key, shape, dtype):
+            return jax.random.uniform(key, shape, dtype, -1.0, 1.0)
+
+        return nn.Dense(1)(nn.relu(nn.Dense(64, bias_init=bias_init)(x)))
+
+
+class OffsetWeights(nn.Module):
+    """A kernel whose entries do not have mean zero."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(1)(nn.relu(nn.Dense(64, kernel_init=jax.nn.initializers.uniform(0.1))(x)))
+
+
+class RawSkip(nn.Module):
+    """A raw input added to features: channels are no longer identically distributed."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(1)(nn.relu(x + nn.Dense(x.shape[-1])(x)))
+
+
+class DiagonalDelta(nn.Module):
+    """Weights that are not identically distributed."""
+
+    @nn.compact
+    def __call__(self, x):
+        def init(key, shape, dtype):
+            return jax.random.normal(key, shape, dtype) * jnp.tri(*shape, dtype=dtype)
+
+        return nn.Dense(1)(nn.relu(nn.Dense(64, kernel_init=init)(x)))
+
+
+class HalfChannels(nn.Module):
+    """The first half of the channels gates nothing, it is only picked."""
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.Dense(64)(x)
+        return nn.Dense(1)(h[:, :32] + h[:, 32:])
+
+
+class ChannelTranspose(nn.Module):
+    """h + h^T over two channel axes: entry (i, j) meets entry (j, i)."""
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.Dense(64)(x).reshape(-1, 8, 8)
+        return nn.Dense(1)((h + h.swapaxes(1, 2)).reshape(-1, 64))
+
+
+class SharedScalar(nn.Module):
+    """One random number for all channels."""
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.Dense(64)(x)
+        return nn.Dense(1)(nn.relu(h + nn.Dense(1)(x)))
+
+
+# models outside the exact theory -> a word that its reason must hold
+REFUSED = {
+    TiedAutoencoder: "transpose",
+    TokenMixing: "token mixing",
+    FixedMatrix: "fixed matrix",
+    ChannelMax: "maximum",
+    Gated: "several different random fields",
+    PostActivationResNet: "several different random fields",
+    UniformBias: "not Gaussian",
+    OffsetWeights: "mean",
+    RawSkip: "varies along channels",
+    DiagonalDelta: "not identically distributed",
+    HalfChannels: "independent copies",
+    ChannelTranspose: "change places",
+    SharedScalar: "repeated over all channels",
+}
