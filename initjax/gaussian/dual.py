@@ -1,8 +1,9 @@
 r"""Duals: E[f(u) g(v)] for arrays of Gaussian pairs, each by the cheapest exact route.
 
 Concrete arrays (float64, NumPy), in this order: closed form by fingerprint; |c| = 1 by the one-dimensional rule; Mehler's
-series where it converges (one row of coefficients a distinct variance, then Horner over the matrix); a table in theta
-where many correlations share one pair of variances; nested quadrature entry by entry.
+series where its cut terms have died out (one row of coefficients a distinct variance, then Horner over the matrix); for
+what is left, near |c| = 1 of a kinked function, a table in theta where many correlations share one pair of variances, or
+nested quadrature entry by entry.
 Traced arrays: closed form, else nested quadrature. Differentiable by Price's theorem, d/dk E[f(u) g(v)] = E[f'(u) g'(v)],
 with the delta terms of jumps, so that derivatives are right at c = +-1, at kinks and for q -> 0.
 
@@ -21,7 +22,7 @@ from initjax.gaussian.activation import Activation, as_activation
 from initjax.gaussian.closed import FORMS, recognise
 from initjax.gaussian.expect import _expect, check_q, density, host_rule, scalar, traced_rule
 from initjax.gaussian.nodes import REACH, unit_edges
-from initjax.gaussian.series import evaluate, resolved_coefficients
+from initjax.gaussian.series import RESOLVED, evaluate, series, stacked
 from initjax.trace.jaxpr import is_traced
 
 _SNAP = 4e-15  # a correlation this close to +-1 is rounding: arccos would turn it into 1e-7
@@ -157,22 +158,33 @@ def _joined(f: Activation, g: Activation) -> Activation:
 
 
 def _off_diagonal(f, g, q1, q2, c, s):
+    out = np.empty(c.size)
     rows1, back1 = np.unique(q1, return_inverse=True)
     rows2, back2 = np.unique(q2, return_inverse=True)
-    if rows1.size + rows2.size <= 4 * c.size:
-        a = resolved_coefficients(f, rows1)
-        b = a if a is None else resolved_coefficients(g, rows2)
-        if a is not None and b is not None:
-            terms = max(a.shape[1], b.shape[1])
-            a, b = (np.pad(x, ((0, 0), (0, terms - x.shape[1]))) for x in (a, b))
-            if rows1.size == rows2.size == 1:
-                return evaluate(a[0], b[0], c)
-            out = np.empty(c.size)
-            step = max(1, 2_000_000 // terms)
-            for start in range(0, c.size, step):
-                part = slice(start, start + step)
-                out[part] = evaluate(a[back1[part]], b[back2[part]], c[part])
-            return out
+    left = [series(f, float(q)) for q in rows1]
+    right = left if f is g and np.array_equal(rows1, rows2) else [series(g, float(q)) for q in rows2]
+    a, b = stacked(left), stacked(right)
+    terms = min(a.shape[1], b.shape[1])
+    a, b = a[:, :terms], b[:, :terms]
+    # what the cut terms can still contribute: |c|^K times the geometric mean of the two tails
+    tails = np.sqrt(np.array([r.tail for r in left])[back1] * np.array([r.tail for r in right])[back2])
+    sizes = np.sqrt(np.array([r.square for r in left])[back1] * np.array([r.square for r in right])[back2])
+    reached = tails * np.abs(c) ** terms <= RESOLVED * sizes
+    todo = np.flatnonzero(reached)
+    if rows1.size == rows2.size == 1:
+        out[todo] = evaluate(a[0], b[0], c[todo])
+    else:
+        step = max(1, 2_000_000 // terms)
+        for start in range(0, todo.size, step):
+            part = todo[start : start + step]
+            out[part] = evaluate(a[back1[part]], b[back2[part]], c[part])
+    rest = np.flatnonzero(~reached)
+    if rest.size:
+        out[rest] = _by_quadrature(f, g, q1[rest], q2[rest], c[rest], s[rest])
+    return out
+
+
+def _by_quadrature(f, g, q1, q2, c, s):
     out = np.empty(c.size)
     pairs, which = np.unique(np.stack([q1, q2], 1), axis=0, return_inverse=True)
     which = which.ravel()

@@ -7,3 +7,5 @@ from initjax.meanfield.results import Trajectory as Trajectory
 from initjax.meanfield.criticality import critical as critical
 from initjax.meanfield.criticality import critical_points as critical_points
 from initjax.meanfield.trajectory import propagate as propagate
+from initjax.meanfield.diagram import PhaseDiagram as PhaseDiagram
+from initjax.meanfield.diagram import phase_diagram as phase_diagram

@@ -10,41 +10,51 @@ import numpy as np
 from initjax.gaussian.activation import Activation
 from initjax.gaussian.closed import recognise
 from initjax.gaussian.dual import host_pair
-from initjax.gaussian.nodes import ORDER, legendre
-from initjax.gaussian.series import resolved_coefficients
+from initjax.gaussian.nodes import legendre
+from initjax.gaussian.series import series
+
+_SMALL = 1e-4  # (1 - c) q below which Gamma' is averaged instead of M - Gamma taken
+_FEW = 8  # nodes of that average: Gamma' is a polynomial in sqrt(1 - c) there
 
 
 def width_function(act: Activation, q: float, moment: float):
     """w(q, c) as a function of an array 1 - c, in whichever form keeps the digits of M - Gamma."""
-    member = recognise(act)
-    if member is None:
-        a = resolved_coefficients(act, np.array([q]))
-        if a is not None:
-            square, degree = a[0] ** 2, np.arange(a.shape[1])
+    if recognise(act) is None:
+        found = series(act, q)
+        square, degree = found.a**2, np.arange(len(found.a))
+        cut = 0.0 if found.resolved else found.tail_sum  # of a resolved series the difference is rounding
 
-            def by_series(delta):
-                delta = np.atleast_1d(delta)[:, None]
-                # (1 - c^k) / (1 - c) without subtracting where c is near 1
-                near = -np.expm1(degree * np.log1p(-np.minimum(delta, 0.5)))
-                return np.where(delta < 0.5, near, 1 - (1 - delta) ** degree) / delta @ square / q
+        def by_series(delta):
+            # (1 - c^k) / (1 - c) without subtracting where c is near 1; the cut terms have c^k = 0
+            column = delta[:, None]
+            near = -np.expm1(degree * np.log1p(-np.minimum(column, 0.5)))
+            return (np.where(column < 0.5, near, 1 - (1 - column) ** degree) @ square + cut) / (q * delta)
 
-            return by_series
+        if found.resolved:
+            return lambda delta: by_series(np.atleast_1d(delta))
+        # the cut terms may be taken as c^k = 0 from here on
+        series_from = -np.expm1(np.log(1e-13 * found.square / found.tail) / len(found.a))
+    else:
+        by_series, series_from = None, np.inf
 
-    nodes, weights = legendre(ORDER)
+    nodes, weights = legendre(_FEW)
     root_t = (nodes + 1) / 2  # t = s^2 removes the square root that a kink leaves at c = 1
 
     def otherwise(delta):
         delta = np.atleast_1d(delta)
         out = np.empty_like(delta)
-        small = delta * q < 0.1
+        far, small = delta >= series_from, delta * q < _SMALL
+        if far.any():
+            out[far] = by_series(delta[far])
+        small &= ~far
         if small.any():  # w = mean of Gamma' over [c, 1]: the difference M - Gamma would lose its digits
             c = 1 - delta[small, None] * root_t**2
             qs = np.full_like(c, q)
             out[small] = host_pair(act.prime, act.prime, qs, qs, c) @ (weights * root_t)
-        rest = delta[~small]
-        if rest.size:
-            qs = np.full_like(rest, q)
-            out[~small] = (moment - host_pair(act, act, qs, qs, 1 - rest)) / (q * rest)
+        rest = ~(far | small)
+        if rest.any():
+            qs = np.full_like(delta[rest], q)
+            out[rest] = (moment - host_pair(act, act, qs, qs, 1 - delta[rest])) / (q * delta[rest])
         return out
 
     return otherwise

@@ -51,7 +51,9 @@ def bias_variance(act: Activation, q: np.ndarray) -> tuple[np.ndarray, np.ndarra
             if np.abs(terms[-4:]).max() < 1e-20 * q[i]:
                 f[i] = terms.sum() / safe[i]
                 # a_k carries an absolute error of eps sqrt(q)
-                noise[i] = 2e-16 * np.sqrt(q[i]) * np.abs((np.arange(32) - 1.0) * a)[[0, 2, 3]].max() / safe[i] + 1e-31 * q[i]
+                noise[i] = (
+                    2e-16 * np.sqrt(q[i]) * np.abs((np.arange(32) - 1.0) * a)[[0, 2, 3]].max() / safe[i] + 1e-31 * q[i]
+                )
     return f, noise
 
 
@@ -166,7 +168,9 @@ def _refusal(act: Activation, sigma_b: float) -> NoCriticalPointError:
             f"for a positively homogeneous activation chi_1 = {half:.6g} sigma_w^2 does not depend on q, and at chi_1 = 1 "
             f"the variance grows by sigma_b^2 = {sigma_b**2:.3g} in every layer, so no fixed point exists."
         )
-        remedy = f"sigma_b = 0, where every q is fixed at sigma_w = {1 / np.sqrt(half):.6g}." if half else "another phi."
+        remedy = (
+            f"sigma_b = 0, where every q is fixed at sigma_w = {1 / np.sqrt(half):.6g}." if half else "another phi."
+        )
     else:
         line = critical_line(act)
         if not np.isfinite(line.f).any():
@@ -345,7 +349,7 @@ def _many(act: Activation, sigma_b: np.ndarray) -> list[list[CriticalPoint]]:
             upper = (f > 0) == rising
             x_low, x_high = np.where(upper, x_low, x), np.where(upper, x, x_high)
             new = x - f / (q - t.m / t.d * (t.r - t.dlog_d))
-            x = np.where((new > x_low) & (new < x_high), new, (x_low + x_high) / 2)
+            x = np.where((new >= x_low - 1e-9) & (new <= x_high + 1e-9), new, (x_low + x_high) / 2)
         q = np.exp(x)
         t = table(np, q)
         sigma_w, chi_q = 1 / np.sqrt(t.d), t.m * t.r / (q * t.d)
@@ -367,7 +371,9 @@ def _traced(act: Activation, sigma_b: jax.Array) -> CriticalPoint:
     if slopes is not None:
         sigma_w = jnp.full(sigma_b.shape, 1 / np.sqrt((slopes[0] ** 2 + slopes[1] ** 2) / 2), dtype)
         exists = sigma_b == 0
-        return CriticalPoint(jnp.where(exists, sigma_w, nan), sigma_b, nan, jnp.where(exists, 1 + 0 * nan, nan), exists, None)
+        return CriticalPoint(
+            jnp.where(exists, sigma_w, nan), sigma_b, nan, jnp.where(exists, 1 + 0 * nan, nan), exists, None
+        )
     q, stable = _traced_q(act, jax.lax.stop_gradient(sigma_b))
     table = table_of(act)
     safe = jnp.where(q > 0, q, jnp.ones_like(q))

@@ -51,7 +51,7 @@ def attractor(xp, table: Table, grid, moments, variance_w, variance_b, q0):
         slope = variance_w * m.m * m.r / value - 1
         x_low, x_high = xp.where(gap > 0, x, x_low), xp.where(gap > 0, x_high, x)
         step = x - gap / xp.where(slope == 0, -1.0 + 0 * slope, slope)
-        x = xp.where((step >= x_low) & (step <= x_high), step, (x_low + x_high) / 2)
+        x = xp.where((step >= x_low - 1e-9) & (step <= x_high + 1e-9), step, (x_low + x_high) / 2)
     q = xp.where(found, xp.exp(x), xp.where(up, np.inf, 0.0))
     return xp.where(here == 0, q0, q)
 

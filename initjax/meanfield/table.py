@@ -93,7 +93,9 @@ def _closed_moments(act, member, q):
 
 def _monomials(degree: int) -> np.ndarray:
     """Legendre coefficients @ this = monomial coefficients."""
-    return np.stack([np.pad(np.polynomial.legendre.leg2poly(np.eye(degree)[k]), (0, degree - 1 - k)) for k in range(degree)])
+    return np.stack(
+        [np.pad(np.polynomial.legendre.leg2poly(np.eye(degree)[k]), (0, degree - 1 - k)) for k in range(degree)]
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -128,9 +130,13 @@ def table_of(act: Activation) -> Table:
         floor = 1e-300
         with np.errstate(divide="ignore", invalid="ignore"):
             r = np.where(m > floor, e / np.maximum(m, floor), 0.0)
-        data = np.stack([np.log(np.maximum(m, floor) / q**power), np.log(np.maximum(d, floor)), r], 1)  # (cells, 3, nodes)
+        data = np.stack(
+            [np.log(np.maximum(m, floor) / q**power), np.log(np.maximum(d, floor)), r], 1
+        )  # (cells, 3, nodes)
         rows = data @ transform
-        tail = np.abs(rows[..., -2:]).max(axis=(0, 2)) / np.maximum(1.0, np.abs(data[..., :, :]).max(axis=(0, 2)) * 1e-3)
+        tail = np.abs(rows[..., -2:]).max(axis=(0, 2)) / np.maximum(
+            1.0, np.abs(data[..., :, :]).max(axis=(0, 2)) * 1e-3
+        )
         if tail.max() < _RESOLVED:
             break
     else:

@@ -55,7 +55,10 @@ def propagate(phi, sigma_w, sigma_b, depth, q0=1.0, c0=0.5) -> Trajectory:
         )
     if isinstance(depth, bool) or not isinstance(depth, (int, np.integer)) or depth < 0:
         raise InputError(
-            f"depth = {depth!r}.", "an integer >= 0.", "depth counts layers.", "pass the number of layers, e.g. depth=50."
+            f"depth = {depth!r}.",
+            "an integer >= 0.",
+            "depth counts layers.",
+            "pass the number of layers, e.g. depth=50.",
         )
     w, b = check_sigma(sigma_w, "sigma_w"), check_sigma(sigma_b, "sigma_b")
     w, b, q, c = (np.array(a) for a in np.broadcast_arrays(w, b, check_q(q0, "q0"), _check_c(c0)))
@@ -80,7 +83,9 @@ def propagate(phi, sigma_w, sigma_b, depth, q0=1.0, c0=0.5) -> Trajectory:
             mirrored = live & (c == -1)
             if mirrored.any():
                 overlap[mirrored] = host_pair(act, act, at[mirrored], at[mirrored], c[mirrored])
-            c = np.where(c == 1, np.where(np.isfinite(new), 1.0, np.nan), np.clip((w * w * overlap + b * b) / new, -1, 1))
+            c = np.where(
+                c == 1, np.where(np.isfinite(new), 1.0, np.nan), np.clip((w * w * overlap + b * b) / new, -1, 1)
+            )
         q = new
     gradient = np.ones_like(chis)
     for layer in range(depth - 1, -1, -1):
