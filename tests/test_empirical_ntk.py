@@ -10,6 +10,8 @@ from flax import nnx
 import initjax as ij
 import initjax.empirical.ntk as ntk_module
 from initjax.empirical.blocks import LIVE_COPIES, tiles
+from initjax.empirical.program import trace
+from initjax.empirical.taps import find_taps
 
 DTYPE = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
 X = jax.random.normal(jax.random.key(0), (5, 6), DTYPE)
@@ -107,33 +109,72 @@ class NnxApply:
         return nnx.merge(self.graph, state)(x)
 
 
-@pytest.mark.parametrize("outputs", ["trace", "full", "diagonal"])
-@pytest.mark.parametrize("rows", [1, 2, 3, 7, 10**6])
-def test_every_tiling_gives_the_same_kernel(outputs, rows):
+@pytest.mark.parametrize(
+    ("method", "outputs", "memory"),
+    [("auto", outputs, memory) for outputs in ("trace", "full", "diagonal") for memory in (3_500, 7_000)]
+    + [("jacobian", "trace", 10_000), ("jacobian", "full", 7_000)],
+)
+def test_every_tiling_gives_the_same_kernel(monkeypatch, method, outputs, memory):
     model = Mlp()
     params = model.init(jax.random.key(2), X)["params"]
-    row_bytes = 8 * sum(leaf.size for leaf in jax.tree.leaves(params))
     full = gram(lambda p, x: model.apply({"params": p}, x), params, X)
-    ntk_fn = ij.empirical_ntk(model, outputs=outputs, memory=LIVE_COPIES * rows * row_bytes)
+    chosen = []
+    monkeypatch.setattr(ntk_module, "tiles", lambda *args: chosen.append(tiles(*args)) or chosen[-1])
+    ntk_fn = ij.empirical_ntk(model, outputs=outputs, method=method, memory=memory)
     kernel = ntk_fn(params, X)
+    assert chosen[0].examples < 5 or chosen[0].outputs < 3  # more than one block, or chunks of the outputs
     assert_kernel(kernel, reduced(full, outputs))
     mirrored = {"trace": (1, 0), "diagonal": (1, 0, 2), "full": (1, 0, 3, 2)}[outputs]
     np.testing.assert_array_equal(kernel, kernel.transpose(mirrored))
-    assert_kernel(ntk_fn(params, X, X[1:3]), reduced(full, outputs)[:, 1:3])
+    assert_kernel(ntk_fn(params, X, X[:4]), reduced(full, outputs)[:, :4])
 
 
-def test_blocks_of_rows_stay_within_the_budget_and_use_it():
-    for examples, outputs, row_bytes, memory in [(1000, 10, 4000, 10**6), (7, 3, 100, 10**4), (5, 64, 1000, 10**5)]:
-        block, chunk = tiles(examples, outputs, row_bytes, memory)
-        assert LIVE_COPIES * block * chunk * row_bytes <= memory
-        # balanced blocks: no smaller number of blocks would fit
-        assert chunk == outputs or block == 1
-        fewer = -(-examples // block) - 1 if chunk == outputs else -(-outputs // chunk) - 1
-        largest = -(-examples // fewer) * outputs if chunk == outputs and fewer else -(-outputs // max(fewer, 1))
-        assert fewer == 0 or LIVE_COPIES * largest * row_bytes > memory
+def test_gradients_of_dense_layers_are_not_formed_and_those_of_others_are():
+    """Which parameters get taps: dense kernels and biases used once on one data vector, and no others."""
+
+    def tapped(model, x):
+        params = model.init(jax.random.key(2), x)["params"]
+        program = trace(lambda p, x: model.apply({"params": p}, x), params, x[:1])
+        taps, left = find_taps(program, (True,) * len(program.names))
+        return taps, [name for name, keep in zip(program.names, left, strict=True) if keep]
+
+    taps, left = tapped(Mlp(), X)
+    assert len(taps) == 3 and all(tap.bias and tap.operand is not None for tap in taps) and not left
+    taps, left = tapped(ConvNet(), IMAGES)
+    assert len(taps) == 1 and left == ["Conv_0/bias", "Conv_0/kernel"]
+    # names in the order the author made them: Dense_0 is used twice, and the last Dense is Dense_1
+    taps, left = tapped(TiedNorm(), X)
+    assert len(taps) == 1 and left == ["Dense_0/bias", "Dense_0/kernel", "log_scale", "scale"]
+    taps, left = tapped(nn.Dense(4, param_dtype=DTYPE), X[:, None])  # one position: still one data vector
+    assert len(taps) == 1 and not left
+    taps, left = tapped(nn.Dense(4, param_dtype=DTYPE), jnp.stack([X, X], 1))  # two positions share the weights
+    assert not taps and left == ["bias", "kernel"]
 
 
-def test_jacobian_rows_held_at_once_stay_within_the_budget(monkeypatch):
+def test_blocks_stay_within_the_budget_and_use_it():
+    sizes = [
+        (1000, 10, 4000, 500, 4, 10**6),
+        (7, 3, 100, 0, 36, 10**4),
+        (5, 64, 1000, 2000, 4, 10**5),
+        (10**4, 1, 1, 1, 8, 10**7),
+    ]
+    for examples, outputs, row, work, cell, memory in sizes:
+        block, chunk = tiles(examples, outputs, row, work, cell, memory)
+
+        def needed(block, chunk, row=row, work=work, cell=cell):
+            return max(block * (LIVE_COPIES * chunk * row + work), 3 * cell * block**2 if chunk > 1 or block > 1 else 0)
+
+        assert needed(block, chunk) <= memory
+        # balanced blocks, no fewer of which would do
+        total, size = (outputs, chunk) if chunk < outputs else (examples, block)
+        fewer = -(-total // size) - 1
+        if fewer:
+            larger = -(-total // fewer)
+            assert needed(*((1, larger) if chunk < outputs else (larger, chunk))) > memory
+
+
+@pytest.mark.parametrize("method", ["auto", "jacobian"])
+def test_features_held_at_once_stay_within_the_budget(monkeypatch, method):
     x = jnp.tile(X, (40, 1))
     params = {"w": jax.random.normal(jax.random.key(3), (6, 500), DTYPE)}
     apply = lambda p, x: jnp.tanh(x @ p["w"]).reshape(x.shape[0], 5, 100).sum(-1)  # noqa: E731
@@ -141,13 +182,13 @@ def test_jacobian_rows_held_at_once_stay_within_the_budget(monkeypatch):
     contract = ntk_module._contract
 
     def spy(left, right, outputs):
-        seen.append(sum(a.nbytes for a in left) + sum(a.nbytes for a in right))
+        seen.append(sum(a.nbytes for a in jax.tree.leaves((left, right))))
         return contract(left, right, outputs)
 
-    budget = 10**6
+    budget = 2 * 10**6
     monkeypatch.setattr(ntk_module, "_contract", spy)
-    kernel = ij.empirical_ntk(apply, memory=budget)(params, x)
-    assert len(seen) > 100 and 2 * max(seen) <= budget
+    kernel = ij.empirical_ntk(apply, memory=budget, method=method)(params, x)
+    assert len(seen) > 5 and 2 * max(seen) <= budget
     assert_kernel(kernel, np.tile(reduced(gram(apply, params, X), "trace"), (40, 40)))
 
 
@@ -227,7 +268,7 @@ def test_bad_options_get_four_part_errors(options, message):
 @pytest.mark.parametrize(
     ("options", "x", "message"),
     [
-        ({"memory": 100}, X, r"memory=100 bytes[\s\S]*at least 3,072 bytes[\s\S]*params_filter"),
+        ({"memory": 100}, X, r"memory=100 bytes[\s\S]*at least [\d,]+ bytes[\s\S]*params_filter"),
         ({"params_filter": "*/weight"}, X, r"\*/weight[\s\S]*Dense_0/kernel[\s\S]*at least one"),
         ({}, X.at[0, 0].set(jnp.nan), r"x1.*NaN"),
         ({}, jnp.ones((), DTYPE), r"x1[\s\S]*number of examples"),

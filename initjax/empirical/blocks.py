@@ -1,5 +1,6 @@
-"""How many examples and outputs are worked on at once, so that per-example Jacobians stay within a memory budget."""
+"""How many examples and outputs are worked on at once, so that their gradients stay within a memory budget."""
 
+import math
 import os
 from typing import NamedTuple
 
@@ -9,12 +10,12 @@ from initjax.errors import InputError
 
 # Beyond this, larger tiles no longer make the products faster.
 ENOUGH = 2 * 2**30
-# Two blocks of Jacobian rows, the rows while they are computed, and the copy the product makes of them.
+# Two blocks of features, one while it is computed, and the copy a product makes of one.
 LIVE_COPIES = 4
 
 
 class Tiles(NamedTuple):
-    """`examples` per block and `outputs` per chunk: one block of Jacobian rows has examples x outputs x P entries."""
+    """`examples` per block and `outputs` per chunk."""
 
     examples: int
     outputs: int
@@ -33,23 +34,26 @@ def default_memory() -> int:
     return min(ENOUGH, free // 2)
 
 
-def tiles(examples: int, outputs: int, row_bytes: int, memory: int) -> Tiles:
-    """Largest balanced blocks with LIVE_COPIES blocks of rows of `row_bytes` bytes within `memory` bytes.
+def tiles(examples: int, outputs: int, row_bytes: int, work_bytes: int, cell_bytes: int, memory: int) -> Tiles:
+    """Largest balanced blocks that fit into `memory` bytes; outputs are split only where one example does not fit.
 
-    Outputs are split only where the rows of one example do not fit together.
+    `row_bytes`: features of one output of one example; `work_bytes`: passes through the network for one example;
+    `cell_bytes`: the entries of the kernel for two examples, of which a tile and two temporary copies are held.
     """
-    rows = memory // (LIVE_COPIES * max(row_bytes, 1))
+    rows = (memory - work_bytes) // (LIVE_COPIES * max(row_bytes, 1))
     if rows < 1:
+        needed = LIVE_COPIES * row_bytes + work_bytes
         raise InputError(
             f"memory={memory:,} bytes",
-            f"at least {LIVE_COPIES * row_bytes:,} bytes for these parameters",
-            f"the gradient of one output for one example alone has {row_bytes:,} bytes, "
-            f"and {LIVE_COPIES} blocks of such rows are held at once",
+            f"at least {needed:,} bytes for these parameters",
+            f"the passes for one example take {work_bytes:,} bytes, the gradients of one of its outputs {row_bytes:,}, "
+            f"and {LIVE_COPIES} blocks of those are held at once",
             "give more memory, or leave parameters out with params_filter",
         )
     if rows < outputs:
         return Tiles(1, _balanced(outputs, rows))
-    return Tiles(_balanced(max(examples, 1), rows // outputs), outputs)
+    block = memory // (LIVE_COPIES * row_bytes * outputs + work_bytes)
+    return Tiles(_balanced(max(examples, 1), max(1, min(block, math.isqrt(memory // (3 * cell_bytes))))), outputs)
 
 
 def _balanced(total, most):

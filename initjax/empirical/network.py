@@ -1,14 +1,16 @@
-"""A network of any kind as `apply(params, x)`, and the Jacobian rows of a block of its examples."""
+"""A network of any kind as `apply(params, x)`, and what its examples contribute to a tile of the kernel."""
 
 import fnmatch
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from initjax.empirical.program import trace
+from initjax.empirical.taps import find_taps
 from initjax.errors import InputError
 from initjax.trace.flax import as_functional, check_array, leaf_names
 from initjax.trace.jaxpr import is_traced
@@ -22,7 +24,10 @@ class Network:
         self._functional: Any = None
         self._apply: Any = model_or_apply_fn if _is_apply_fn(model_or_apply_fn) else None
         self._independent = False
-        self._rows = jax.jit(self._jacobian_rows, static_argnames=("chosen", "chunk", "outputs", "dtype"))
+        self._facts: dict = {}
+        self._features = jax.jit(
+            self._compute_features, static_argnames=("chosen", "chunk", "outputs", "dtype", "taps")
+        )
 
     def prepare(self, params: Any, x: Any) -> Any:
         """Resolve the model on `x`; the parameter tree its `apply` takes, from what the user calls its parameters."""
@@ -57,6 +62,9 @@ class Network:
 
     def outputs(self, params: Any, x: Any) -> int:
         """Number of outputs for one example."""
+        return self._once("outputs", self._outputs, params, x)
+
+    def _outputs(self, params, x):
         result = jax.eval_shape(self._call, params, _one_example(x))
         leaves = jax.tree.leaves(result)
         if len(leaves) != 1 or not jnp.issubdtype(leaves[0].dtype, jnp.floating) or leaves[0].shape[:1] != (1,):
@@ -93,34 +101,83 @@ class Network:
             )
         self._independent = True
 
-    def rows(self, params, x, start, *, chosen, chunk, outputs, dtype) -> list[jax.Array]:
-        """Gradients of outputs start .. start + chunk for the examples of `x`, one (n, chunk, size) array a parameter.
+    def features(self, params, x, start, **static) -> "Features":
+        """Of outputs start .. start + chunk of the examples of `x`, all that two blocks need for their tile."""
+        return self._features(params, x, start, **static)
 
-        Outputs past the last one have zero rows.
-        """
-        return self._rows(params, x, start, chosen=chosen, chunk=chunk, outputs=outputs, dtype=dtype)
+    def footprint(self, params, x, *, chosen, outputs, dtype, taps) -> tuple[int, int]:
+        """Bytes of the features of one output of one example, and of the passes through the network for one example."""
+        return self._once(("footprint", chosen, dtype, taps), self._footprint, params, x, chosen, outputs, dtype, taps)
+
+    def _footprint(self, params, x, chosen, outputs, dtype, taps):
+        program = trace(self._call, params, _one_example(x))
+        found, left = find_taps(program, chosen) if taps else ([], chosen)
+        sizes = [program.avals[tap.value].size + tap.bias for tap in found]
+        sizes += [program.avals[tap.operand].size for tap in found if tap.operand is not None]
+        sizes += [np.size(leaf) for leaf, keep in zip(jax.tree.leaves(params), left, strict=True) if keep]
+        avals = [program.avals[number] for step in program.steps for number in step.outputs]
+        values = [aval.size * aval.dtype.itemsize for aval in avals if jnp.issubdtype(aval.dtype, jnp.inexact)]
+        # forward values stay for the backward pass, whose own come and go, a few at a time for each output
+        return sum(sizes) * dtype.itemsize, sum(values) + 3 * outputs * max(values, default=0)
+
+    def _once(self, what, compute, params, x, *arguments):
+        """`compute(params, x, ...)`, a fact of their shapes alone, traced once for each."""
+        key = (what, *(_signature(tree) for tree in (params, _one_example(x))))
+        if key not in self._facts:
+            self._facts[key] = compute(params, x, *arguments)
+        return self._facts[key]
 
     def _call(self, params, x):
         apply = self._apply if self._functional is None else self._functional.apply
         return apply(params, x)
 
-    def _jacobian_rows(self, params, x, start, *, chosen, chunk, outputs, dtype):
+    def _compute_features(self, params, x, start, *, chosen, chunk, outputs, dtype, taps):
         leaves, structure = jax.tree.flatten(params)
 
         def one_example(x):
-            def flat_outputs(chosen_leaves):
-                given = iter(chosen_leaves)
-                merged = [next(given) if keep else leaf for leaf, keep in zip(leaves, chosen, strict=True)]
-                out = self._call(jax.tree.unflatten(structure, merged), jax.tree.map(lambda a: a[None], x))
-                return jax.tree.leaves(out)[0].reshape(outputs)
+            x = jax.tree.map(lambda a: a[None], x)
+            program = trace(self._call, params, x)
+            found, left = find_taps(program, chosen) if taps else ([], chosen)
+            operands = {tap.operand for tap in found if tap.operand is not None}
 
-            chosen_leaves = [leaf for leaf, keep in zip(leaves, chosen, strict=True) if keep]
-            out, pullback = jax.vjp(flat_outputs, chosen_leaves)
+            def run(zeros, given):
+                given = iter(given)
+                merged = [next(given) if keep else leaf for leaf, keep in zip(leaves, left, strict=True)]
+                seen: dict[int, Any] = dict(zip(program.data, jax.tree.leaves(x), strict=True))
+
+                def tap(number, value):
+                    if number in operands:
+                        seen[number] = value
+                    return value + zeros[number] if number in zeros else value
+
+                out = program.evaluate(jax.tree.unflatten(structure, merged), x, tap)[0]
+                return out.reshape(outputs), [None if tap.operand is None else seen[tap.operand] for tap in found]
+
+            zeros = {tap.value: jnp.zeros((), program.avals[tap.value].dtype) for tap in found}
+            zeros = {n: jnp.broadcast_to(zero, program.avals[n].shape) for n, zero in zeros.items()}
+            given = [leaf for leaf, keep in zip(leaves, left, strict=True) if keep]
+            out, pullback, data = jax.vjp(run, zeros, given, has_aux=True)
             basis = jax.nn.one_hot(start + jnp.arange(chunk), outputs, dtype=out.dtype)
-            (gradients,) = jax.vmap(pullback)(basis)
-            return [g.reshape(chunk, -1).astype(dtype) for g in gradients]
+            cotangents, gradients = jax.vmap(pullback)(basis)
+            return Features(
+                inputs=[_input_with_one(seen, tap.bias, dtype) for tap, seen in zip(found, data, strict=True)],
+                cotangents=[cotangents[tap.value].reshape(chunk, -1).astype(dtype) for tap in found],
+                gradients=[g.reshape(chunk, -1).astype(dtype) for g in gradients],
+            )
 
         return jax.vmap(one_example)(x)
+
+
+class Features(NamedTuple):
+    """What a block of n examples, c outputs each, contributes to tiles of the kernel.
+
+    inputs, cotangents : for each tap, what meets the weights, (n, I), and g, (n, c, J).
+    gradients : for each parameter without a tap, its gradients, (n, c, size).
+    """
+
+    inputs: list[jax.Array]
+    cotangents: list[jax.Array]
+    gradients: list[jax.Array]
 
 
 def examples(x: Any, name: str) -> int:
@@ -161,6 +218,12 @@ def chosen_leaves(params: Any, params_filter: Any) -> tuple[bool, ...]:
     return chosen
 
 
+def _input_with_one(data, bias, dtype):
+    """The vector a that meets a kernel, with a 1 for the bias on the same y; the 1 alone for a bias without kernel."""
+    parts = [] if data is None else [data.reshape(-1).astype(dtype)]
+    return jnp.concatenate([*parts, jnp.ones(int(bias), dtype)])
+
+
 def _is_apply_fn(model) -> bool:
     """Whether this is `apply_fn(params, x)`, and not a Flax module, a pair or a factory of one argument."""
     if not inspect.isroutine(model) and not hasattr(model, "__wrapped__") and not hasattr(model, "func"):
@@ -181,6 +244,11 @@ def _one_example(x):
 def _input_shapes(x):
     shapes = _shapes(x)
     return shapes[0] if len(shapes) == 1 else shapes
+
+
+def _signature(tree):
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
 
 
 def _shapes(params):

@@ -43,7 +43,8 @@ def empirical_ntk(
         "diagonal": each output with itself, shape (n1, n2, k).
     params_filter : which parameters count: a pattern on their "/"-joined path such as "*/kernel" or "Dense_0/*", or a
         function `(path, leaf) -> bool`; None for all.
-    method : "auto" or "jacobian" (contraction of per-example Jacobians).
+    method : "auto": gradients of dense layers by their inputs and cotangents, not formed, and those of all other
+        parameters as per-example Jacobians; "jacobian": Jacobians throughout. The kernel is the same up to rounding.
     memory : budget for Jacobians in bytes; None for half of the free memory, at most 2 GiB. It bounds the work at
         hand, not the kernel that is returned; under an outer `vmap` it holds for each mapped copy.
 
@@ -80,7 +81,7 @@ def empirical_ntk(
     References
     ----------
     Jacot, Gabriel, Hongler 2018 (arXiv:1806.07572), section 4; Novak, Sohl-Dickstein, Schoenholz 2022
-    (arXiv:2206.08720), section 3.2, Jacobian contraction.
+    (arXiv:2206.08720), sections 3.2, Jacobian contraction, and 3.4, structured derivatives.
     """
     for name, value, accepted in (("outputs", outputs, OUTPUTS), ("method", method, ("auto", "jacobian"))):
         if value not in accepted:
@@ -107,12 +108,12 @@ def empirical_ntk(
     network = Network(model_or_apply_fn)
 
     def ntk_fn(params: Any, x1: Any, x2: Any = None) -> jax.Array:
-        return _kernel(network, params, x1, x2, outputs, params_filter, memory)
+        return _kernel(network, params, x1, x2, outputs, params_filter, method, memory)
 
     return ntk_fn
 
 
-def _kernel(network, params, x1, x2, outputs, params_filter, memory):
+def _kernel(network, params, x1, x2, outputs, params_filter, method, memory):
     n1 = examples(x1, "x1")
     n2 = n1 if x2 is None else examples(x2, "x2")
     params = network.prepare(params, x1)
@@ -128,7 +129,9 @@ def _kernel(network, params, x1, x2, outputs, params_filter, memory):
     chosen = chosen_leaves(params, params_filter)
     leaves = [leaf for leaf, keep in zip(jax.tree.leaves(params), chosen, strict=True) if keep]
     dtype = jnp.dtype(jnp.float64 if any(jnp.result_type(leaf) == jnp.float64 for leaf in leaves) else jnp.float32)
-    row_bytes = sum(np.size(leaf) for leaf in leaves) * dtype.itemsize
+    static = dict(chosen=chosen, outputs=k, dtype=dtype, taps=method == "auto")
+    row_bytes, work_bytes = network.footprint(params, x1, **static)
+    cell_bytes = dtype.itemsize * (k if outputs != "trace" else 1) * (k if outputs == "full" else 1)
     budget = default_memory() if memory is None else int(memory)
 
     def blocks(x, n, size):
@@ -137,15 +140,15 @@ def _kernel(network, params, x1, x2, outputs, params_filter, memory):
             index = np.minimum(np.arange(start, start + size), n - 1)
             yield jax.tree.map(lambda a, index=index: jnp.asarray(a)[index], x)
 
-    size1, chunk = tiles(n1, k, row_bytes, budget)
-    size2 = size1 if x2 is None else tiles(n2, k, row_bytes, budget).examples
+    size1, chunk = tiles(n1, k, row_bytes, work_bytes, cell_bytes, budget)
+    size2 = size1 if x2 is None else tiles(n2, k, row_bytes, work_bytes, cell_bytes, budget).examples
     blocks1 = list(blocks(x1, n1, size1))
     blocks2 = blocks1 if x2 is None else list(blocks(x2, n2, size2))
 
-    def rows(block, start):
-        return network.rows(params, block, start, chosen=chosen, chunk=chunk, outputs=k, dtype=dtype)
+    def features(block, start):
+        return network.features(params, block, start, chunk=chunk, **static)
 
-    table = _tiles(rows, blocks1, blocks2, range(0, k, chunk), outputs, x2 is None)
+    table = _tiles(features, blocks1, blocks2, range(0, k, chunk), outputs, x2 is None)
     if not table:
         return jnp.zeros((n1, n2, *{"trace": (), "diagonal": (k,), "full": (k, k)}[outputs]), dtype)
     # on the host, unless under a transformation: thousands of tiles would make one very long program
@@ -154,7 +157,7 @@ def _kernel(network, params, x1, x2, outputs, params_filter, memory):
     return jnp.asarray(kernel[:n1, :n2])
 
 
-def _tiles(rows, blocks1, blocks2, starts, outputs, symmetric):
+def _tiles(features, blocks1, blocks2, starts, outputs, symmetric):
     """Tiles of the kernel by their block indices (a, b), b <= a where it is symmetric.
 
     A "trace" tile is the sum over output chunks; else the tile is left in parts, one for each (pair of) output chunks.
@@ -162,11 +165,11 @@ def _tiles(rows, blocks1, blocks2, starts, outputs, symmetric):
     table: dict = {}
     for a, block in enumerate(blocks1):
         for start in starts:
-            left = rows(block, start)
+            left = features(block, start)
             for b in range(a + 1) if symmetric else range(len(blocks2)):
                 same = symmetric and a == b
                 for other in starts if outputs == "full" else (start,):
-                    right = left if same and other == start else rows(blocks2[b], other)
+                    right = left if same and other == start else features(blocks2[b], other)
                     part = _contract(left, right, outputs)
                     if outputs == "trace" and (a, b) in table:
                         table[a, b] = [table[a, b][0] + part]
@@ -177,10 +180,17 @@ def _tiles(rows, blocks1, blocks2, starts, outputs, symmetric):
 
 @functools.partial(jax.jit, static_argnames="outputs")
 def _contract(left, right, outputs):
-    """One tile from the rows of two blocks: the sum over parameters of products of gradients."""
-    sums = {"trace": "nop,mop->nm", "full": "nop,mqp->nmoq", "diagonal": "nop,mop->nmo"}
-    products = [jnp.einsum(sums[outputs], a, b, precision="highest") for a, b in zip(left, right, strict=True)]
-    return functools.reduce(jnp.add, products)
+    """One tile from the features of two blocks: inner products of gradients, summed over parameters."""
+    inner = {"trace": "nop,mop->nm", "full": "nop,mqp->nmoq", "diagonal": "nop,mop->nmo"}[outputs]
+
+    def product(subscripts, a, b):
+        return jnp.einsum(subscripts, a, b, precision="highest")
+
+    terms = [product(inner, a, b) for a, b in zip(left.gradients, right.gradients, strict=True)]
+    for a, b, g, h in zip(left.inputs, right.inputs, left.cotangents, right.cotangents, strict=True):
+        term = product(inner, g, h)
+        terms.append(term * product("ni,mi->nm", a, b).reshape(term.shape[:2] + (1,) * (term.ndim - 2)))
+    return functools.reduce(jnp.add, terms)
 
 
 def _join(table, blocks, symmetric, outputs, k, dtype, xp):
