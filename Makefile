@@ -64,21 +64,25 @@ $(VENV)/bin/python:
 		echo "Install one, or name it: make demo PYTHON=/path/to/python3.11" >&2; exit 1; \
 	fi
 
-# $(1): what to install
+# EXTRAS: what to install beside the core; set for each of the targets below
 define install
-	@echo "Installing initjax$(1) into $(VENV) (once)"
-	@if [ -n "$(UV)" ]; then "$(UV)" pip install --quiet --python "$(BIN)/python" --editable '.$(1)'; \
-	else "$(BIN)/python" -m pip install --quiet --disable-pip-version-check --editable '.$(1)'; fi
+	@echo "Installing initjax[$(EXTRAS)] into $(VENV) (once)"
+	@if [ -n "$(UV)" ]; then "$(UV)" pip install --quiet --python "$(BIN)/python" --editable '.[$(EXTRAS)]'; \
+	else "$(BIN)/python" -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'; fi
 endef
 
+$(VENV)/.installed-demo: private EXTRAS = plots,data
+$(VENV)/.installed-test: private EXTRAS = test
+$(VENV)/.installed-dev: private EXTRAS = dev
+
 $(VENV)/.installed-demo: pyproject.toml | $(VENV)/bin/python
-	$(call install,[plots,data])
+	$(install)
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
-	$(call install,[test])
+	$(install)
 	@touch $@ $(VENV)/.installed-demo
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
-	$(call install,[dev])
+	$(install)
 	@touch $@ $(VENV)/.installed-test $(VENV)/.installed-demo

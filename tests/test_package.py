@@ -147,10 +147,10 @@ def make(project, *arguments):
     return subprocess.run(["make", *arguments], cwd=project, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("target", ["demo", "test"])
-def test_make_installs_once_and_again_only_when_pyproject_changes(project, target):
+@pytest.mark.parametrize(("target", "extras"), [("demo", "plots,data"), ("test", "test")])
+def test_make_installs_once_and_again_only_when_pyproject_changes(project, target, extras):
     first = make(project, "--dry-run", target)
-    assert "venv" in first.stdout and "--editable" in first.stdout, first.stderr
+    assert "venv" in first.stdout and f"--editable '.[{extras}]'" in first.stdout, first.stderr
     (project / ".venv" / "bin").mkdir(parents=True)
     for name in ("bin/python", f".installed-{target}"):
         (project / ".venv" / name).touch()
