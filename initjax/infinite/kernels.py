@@ -147,7 +147,7 @@ class KernelFunction:
         leaves, on_diagonal = {}, {}
         if first.tangent is not None and second.tangent is not None:
             leaves = moments.tangents(first.tangent.body, second.tangent.body)
-            on_diagonal = moments.tangents_diagonal(first.tangent.body, first.tangent.body)
+            on_diagonal = moments.tangents(first.tangent.body, first.tangent.body, "diagonal")
         zero = np.zeros(np.shape(nngp))
         leaves = {
             s.name: _per_example(leaves[s.name], first, second) if s.name in leaves else zero for s in self.weights
@@ -328,7 +328,7 @@ def _layers(moments: Moments, first: Walked, second: Walked, on_diagonal) -> tup
         correlation = _correlation(moments.pair(u, v), q1, q2, moments.same)
         slope = None
         if name in first.tangents:
-            slope = moments.tangents_diagonal(first.tangents[name], first.tangents[name]).get(INPUTS)
+            slope = moments.tangents(first.tangents[name], first.tangents[name], "diagonal").get(INPUTS)
         if slope is None:
             chi = np.full(n1, np.nan)
         else:
@@ -352,7 +352,7 @@ def _single_uses(moments: Moments, walked: Walked) -> dict[str, tuple[str, Any]]
     for atom in reachable([walked.tangent.body]):
         if isinstance(atom, Base) and atom.tangent and atom.view.tangent and atom.kind == "dot":
             leaf = moments.leaves[atom.view.leaf].name
-            norm = moments.dot_atoms(atom, atom, True).get(leaf)
+            norm = moments.dot_atoms(atom, atom, "diagonal").get(leaf)
             if norm is not None:
                 found.setdefault(atom.layer, []).append((leaf, norm))
     return {layer: uses[0] for layer, uses in found.items() if len(uses) == 1 and uses[0][1].size == n}

@@ -69,14 +69,14 @@ class Moments:
         aligned = [type(a) for a in ours] == [type(b) for b in theirs]
         for a, b in zip(ours, theirs, strict=True) if aligned else ():
             for atom in (a,) if a is b else (a, b):
-                if atom.tangent:
-                    self.dot_atoms(atom, atom, True)
-                else:
+                if not atom.tangent:
                     self.atoms_diagonal(atom, atom)
-            if a.tangent:
-                self.dot_atoms(a, b, False)
-            else:
+                elif not _carries(atom):
+                    self.dot_atoms(atom, atom, "diagonal")
+            if not a.tangent:
                 self.atoms(a, b)
+            elif not _carries(a):
+                self.dot_atoms(a, b, "leaves")
             for key in self._due.pop(a.number, ()):
                 self._memo.pop(key, None)
 
@@ -253,29 +253,60 @@ class Moments:
 
     # ------------------------------------------------------------------ tangents
 
-    def tangents(self, x: Tangent, y: Tangent) -> Leaves:
-        """M[x, y] for every weight leaf, without its eta; same-example seeds are left out."""
-        return self._remember("tangents", x, y, lambda x, y: self._tangents(x, y, False))
+    def tangents(self, x: Tangent, y: Tangent, mode: str = "leaves") -> Leaves:
+        """M[x, y] by weight leaf, without its eta.
 
-    def tangents_diagonal(self, x: Tangent, y: Tangent) -> Leaves:
-        """E[x(p) y(p)] for every weight leaf, and for perturbations of the input under `INPUTS`."""
-        return self._remember("tangents diagonal", x, y, lambda x, y: self._tangents(x, y, True))
+        mode : "leaves", all pairs of positions; "diagonal", E[x(p) y(p)], also for perturbations of the input (under
+        `INPUTS`); "inputs", all pairs of positions for these alone.
+        """
+        return self._remember("tangents " + mode, x, y, lambda x, y: self._tangents(x, y, mode))
 
-    def _tangents(self, x: Tangent, y: Tangent, diagonal: bool) -> Leaves:
-        out: dict[str, Total] = {}
+    def _tangents(self, x: Tangent, y: Tangent, mode: str) -> Leaves:
+        (plain_x, maps_x), (plain_y, maps_y) = self._split(x), self._split(y)
+        if mode == "diagonal" and (maps_x or maps_y):  # needs the pairs of positions of one example
+            full = self.tangents(x, y) | self.tangents(x, y, "inputs")
+            return {leaf: take_diagonal(value, len(x.axes)) for leaf, value in full.items()}
+        diagonal = mode == "diagonal"
         rank_x, rank_y = (0, 0) if diagonal else (len(x.axes), len(y.axes))
-        for c, g in x.parts:
-            for d, h in y.parts:
-                dots = self._dots(g, h, diagonal)
-                if not dots:
-                    continue
-                weight = self._coefficients(c, d, rank_x, rank_y, diagonal)
-                if weight is None:
-                    continue
+        out: dict[str, Total] = {}
+        for c, g in plain_x:
+            for d, h in plain_y:
+                dots = self._dots(g, h, mode)
+                weight = self._coefficients(c, d, rank_x, rank_y, diagonal) if dots else None
                 for leaf, value in dots.items():
                     out.setdefault(leaf, Total()).add(value, weight)
+        for atom, c in maps_x:
+            for leaf, value in self.tangents(atom.source, y, mode).items():
+                out.setdefault(leaf, Total()).add(atom.map.apply(value, atom.source.axes), before(c, rank_y))
+        for part in plain_x if maps_y else ():
+            alone = self._part(x, part)
+            for atom, d in maps_y:
+                for leaf, value in self.tangents(alone, atom.source, mode).items():
+                    moved = atom.map.apply(value, atom.source.axes, rank_x)
+                    out.setdefault(leaf, Total()).add(moved, after(d, rank_x))
         shape = extents(x.axes) if diagonal else extents(x.axes) + extents(y.axes)
-        return {leaf: total.full(shape) for leaf, total in out.items()}
+        found = {leaf: total.full(shape) for leaf, total in out.items()}
+        return {leaf: value for leaf, value in found.items() if value is not None}
+
+    def _split(self, x: Tangent) -> tuple[list, list[tuple[Lin, Any]]]:
+        """Parts whose tangent atoms are Gaussian, and maps of tangents that carry coefficients of their own."""
+
+        def split(x: Tangent, _):
+            plain, maps = [], []
+            for c, g in x.parts:
+                kept = [(atom, k) for atom, k in g.terms if not _carries(atom)]
+                maps += [(atom, k) for atom, k in g.terms if _carries(atom)]
+                if len(kept) == len(g.terms):
+                    plain.append((c, g))
+                elif kept:
+                    plain.append((c, Sum(g.axes, tuple(kept))))
+            return plain, maps
+
+        return self._remember("split diagonal", x, x, split)
+
+    def _part(self, x: Tangent, part) -> Tangent:
+        """One part of a tangent, as one object for each part."""
+        return self._remember("part diagonal", x, part[1], lambda x, _: Tangent(x.axes, (part,)))
 
     def _coefficients(self, c: Sum | None, d: Sum | None, rank_x: int, rank_y: int, diagonal: bool):
         if c is None and d is None:
@@ -287,63 +318,65 @@ class Moments:
             return mean
         return before(mean, rank_y) if c is not None else after(mean, rank_x)
 
-    def _dots(self, g: Sum, h: Sum, diagonal: bool) -> Leaves:
+    def _dots(self, g: Sum, h: Sum, mode: str) -> Leaves:
         out: dict[str, Total] = {}
+        diagonal = mode == "diagonal"
         rank_x, rank_y = (0, 0) if diagonal else (len(g.axes), len(h.axes))
         for a, c in g.terms:
             for b, d in h.terms:
-                for leaf, value in self.dot_atoms(a, b, diagonal).items():
+                for leaf, value in self.dot_atoms(a, b, mode).items():
                     out.setdefault(leaf, Total()).add(value, before(c, rank_y), after(d, rank_x))
         shape = extents(g.axes) if diagonal else extents(g.axes) + extents(h.axes)
         return {leaf: total.full(shape) for leaf, total in out.items()}
 
-    def dot_atoms(self, a: Atom, b: Atom, diagonal: bool) -> Leaves:
+    def dot_atoms(self, a: Atom, b: Atom, mode: str) -> Leaves:
         """Moments of two tangent atoms, by weight leaf."""
-        kind = "dots diagonal" if diagonal else "dots"
-        return self._remember(kind, a, b, lambda a, b: self._dot_atoms(a, b, diagonal))
+        return self._remember("dots " + mode, a, b, lambda a, b: self._dot_atoms(a, b, mode))
 
-    def _dot_atoms(self, a: Atom, b: Atom, diagonal: bool) -> Leaves:
+    def _dot_atoms(self, a: Atom, b: Atom, mode: str) -> Leaves:
+        diagonal = mode == "diagonal"
         if isinstance(a, Lin) or isinstance(b, Lin):
-            return self._dot_maps(a, b, diagonal)
+            return self._dot_maps(a, b, mode)
         assert isinstance(a, Base) and isinstance(b, Base)
         if not _related(a, b):
             return {}
-        if a.view.tangent:  # dW.x or db: one leaf of its own
-            leaf = INPUTS if a.view.leaf < 0 else self.leaves[a.view.leaf].name
-            if leaf == INPUTS and not diagonal:
-                return {}
-            if a.kind == "vector":
-                return {leaf: same_entry_diagonal(a, b) if diagonal else same_entry(a, b)}
-            if diagonal:
-                inner = self.diagonal(a.operand, b.operand)
-                value = None if inner is None else sum_kept(inner, a)
-            else:
-                value = self.contraction(a, b)
-            return {} if value is None else {leaf: scale(value, float(_channels(a)))}
-        factor = self.leaves[a.view.leaf].variance * _channels(a)
+        if not a.view.tangent:
+            factor = self.leaves[a.view.leaf].variance * _channels(a)
+            inner = self.tangents(a.operand, b.operand, mode)
+            values = {leaf: sum_kept(v, a) if diagonal else sum_matching(v, a, b) for leaf, v in inner.items()}
+            return {leaf: scale(value, factor) for leaf, value in values.items()}
+        # dW.x or db: one leaf of its own
+        leaf = INPUTS if a.view.leaf < 0 else self.leaves[a.view.leaf].name
+        if not diagonal and (leaf == INPUTS) != (mode == "inputs"):
+            return {}
+        if a.kind == "vector":
+            return {leaf: same_entry_diagonal(a, b) if diagonal else same_entry(a, b)}
         if diagonal:
-            inner = self.tangents_diagonal(a.operand, b.operand)
-            return {leaf: scale(sum_kept(value, a), factor) for leaf, value in inner.items()}
-        inner = self.tangents(a.operand, b.operand)
-        return {leaf: scale(sum_matching(value, a, b), factor) for leaf, value in inner.items()}
+            inner = self.diagonal(a.operand, b.operand)
+            value = None if inner is None else sum_kept(inner, a)
+        else:
+            value = self.contraction(a, b)
+        return {} if value is None else {leaf: scale(value, float(_channels(a)))}
 
-    def _dot_maps(self, a: Atom, b: Atom, diagonal: bool) -> Leaves:
-        if diagonal and isinstance(a, Lin) and isinstance(b, Lin) and a.map == b.map and a.map.kind != "sum":
-            inner = self._source_moments(a.source, b.source, True)
-            return {leaf: a.map.apply(value, a.source.axes) for leaf, value in inner.items()}
-        if diagonal:  # a sum over positions needs the pairs of positions of one example
-            full = self.dot_atoms(a, b, False)
+    def _dot_maps(self, a: Atom, b: Atom, mode: str) -> Leaves:
+        """Linear maps over positions, of Gaussian tangents or (both sides, in `_tangents`) of any."""
+        if mode == "diagonal":
+            if isinstance(a, Lin) and isinstance(b, Lin) and a.map == b.map and a.map.kind != "sum":
+                inner = self.tangents(self._as_tangent(a.source), self._as_tangent(b.source), mode)
+                return {leaf: a.map.apply(value, a.source.axes) for leaf, value in inner.items()}
+            full = self.dot_atoms(a, b, "leaves") | self.dot_atoms(a, b, "inputs")
             return {leaf: take_diagonal(value, len(a.axes)) for leaf, value in full.items()}
         if isinstance(a, Lin):
-            inner = self._source_moments(a.source, self._single(b), False)
+            inner = self.tangents(self._as_tangent(a.source), self._as_tangent(self._single(b)), mode)
             return {leaf: a.map.apply(value, a.source.axes) for leaf, value in inner.items()}
         assert isinstance(b, Lin)
-        inner = self._source_moments(self._single(a), b.source, False)
+        inner = self.tangents(self._as_tangent(self._single(a)), self._as_tangent(b.source), mode)
         return {leaf: b.map.apply(value, b.source.axes, len(a.axes)) for leaf, value in inner.items()}
 
-    def _source_moments(self, x, y, diagonal: bool) -> Leaves:
-        x, y = self._as_tangent(x), self._as_tangent(y)
-        return self.tangents_diagonal(x, y) if diagonal else self.tangents(x, y)
+
+def _carries(atom: Atom) -> bool:
+    """Whether a tangent atom is a map of a tangent with coefficients, so that it depends on primal fields."""
+    return isinstance(atom, Lin) and isinstance(atom.source, Tangent)
 
 
 def _related(a: Base, b: Base) -> bool:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from initjax.trace.flax import Functional
-from initjax.trace.inline import Equation, Straight, inline, prune
+from initjax.trace.inline import Equation, Straight, inline
 from initjax.trace.jaxpr import float64
 
 _SAMPLES = 8  # draws of a leaf that cannot be read, each with its own key
@@ -83,9 +83,9 @@ def leaf_statistics(functional: Functional) -> tuple[LeafStats, ...]:
         pairs = zip(names, values, strict=True)
         return tuple(_estimated(name, np.asarray(value, np.float64), value.dtype) for name, value in pairs)
     program = inline(jax.make_jaxpr(functional.init)(jax.random.key(0)))
-    stats = []
+    stats, values = [], _read(program)
     for name, leaf, output in zip(names, leaves, program.outputs, strict=True):
-        value = _read(prune(program, (output,)), output)
+        value = values[output]
         if isinstance(value, _Draw):
             stats.append(_from_draw(name, leaf, value))
         elif isinstance(value, _Known):
@@ -134,14 +134,15 @@ _SAME_ENTRIES = {"reshape", "transpose", "rev", "copy", "copy_p", "stop_gradient
 _KEY_STEPS = {"random_fold_in", "random_split", "random_clone", "slice", "squeeze", "reshape", "dynamic_slice"}
 
 
-def _read(program: Straight, output: int):
+def _read(program: Straight) -> dict[int, Any]:
+    """What every value of the initializers' program is."""
     env: dict[int, Any] = {number: _Known(value) for number, value in program.constants.items()}
     for number in program.inputs:
         env.setdefault(number, _Key("root"))
     for equation in program.equations:
         operands = [env[number] for number in equation.inputs]
         env.update(zip(equation.outputs, _step(equation, operands, program), strict=True))
-    return env[output]
+    return env
 
 
 def _step(equation: Equation, operands: list, program: Straight) -> list:

@@ -18,7 +18,6 @@ _CALLS = {
     "custom_jvp_call",
     "custom_vjp_call",
     "custom_vjp_call_jaxpr",
-    "custom_lin",
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from initjax.trace import expr as ex
-from initjax.trace.domain import Axis, Base, Const, Ew, Field, Relayout, Sum, Tangent, extents
+from initjax.trace.domain import Atom, Axis, Base, Const, Ew, Field, Lin, Relayout, Sum, Tangent, extents
 from initjax.trace.initstats import ELEMENTWISE
 from initjax.trace.jaxpr import is_traced
 from initjax.trace.views import WeightView
@@ -205,9 +205,9 @@ def _function(walk: Walk, primitive, params: dict, bodies: list, near: str) -> S
 
 def _why_no_leaf(walk: Walk, sums: list[Sum]) -> tuple[str, str]:
     atoms = [atom for s in sums for atom, _ in s.terms]
-    biases = [a for a in atoms if isinstance(a, Base) and a.kind == "vector" and not a.gaussian]
-    if biases:
-        name = walk.leaf_name(biases[0].view)
+    bias = next((found for a in atoms if (found := _odd_bias(a)) is not None), None)
+    if bias is not None:
+        name = walk.leaf_name(bias.view)
         return (
             f"the bias {name} is random but not Gaussian, and it enters the nonlinearity directly, without a sum over "
             "many entries",
@@ -226,6 +226,14 @@ def _why_no_leaf(walk: Walk, sums: list[Sum]) -> tuple[str, str]:
         "sum with activations); only functions of one Gaussian pre-activation are exact here",
         "apply the nonlinearity before the sum (pre-activation residual); or " + _MEASURE,
     )
+
+
+def _odd_bias(atom: Atom) -> Base | None:
+    """The random bias that is not Gaussian behind an atom, if there is one."""
+    if isinstance(atom, Base):
+        return None if atom.gaussian else atom
+    terms = atom.source.terms if isinstance(atom, Lin) and isinstance(atom.source, Sum) else ()
+    return next((found for a, _ in terms if (found := _odd_bias(a)) is not None), None)
 
 
 def _add(walk: Walk, operands, sign: float = 1.0):

@@ -86,9 +86,9 @@ class Walk:
             name = self.leaf_name(view)
             raise self.refuse(
                 near,
-                f"the weight {name} is used twice in different ways ({other.role} {other.pattern}, then {role} "
-                f"{pattern}): W and its transpose in one forward pass are not independent, and neglecting the "
-                "correlation gives a wrong kernel without a warning",
+                f"the weight {name} is {other.role} along one axis and then {role} along another, or in overlapping "
+                "parts: W and its transpose in one forward pass are not independent, and neglecting their correlation "
+                "gives a wrong kernel without a warning",
                 "untie the two uses; or measure this model at finite width with ij.empirical_ntk",
                 what=f"the weight {name} in a second, different role",
             )
@@ -168,8 +168,10 @@ class Walk:
                 else:
                     values[next(numbers)] = WeightView.of(index, tangent, leaf.shape)
         for value in inputs:
-            value = value if is_traced(value) else np.asarray(value)
-            values[next(numbers)] = Const(value, tuple(value.shape))
+            number = next(numbers)
+            if not is_traced(value):
+                value = np.asarray(value, body.avals[number].dtype)
+            values[number] = Const(value, tuple(value.shape))
         offset = 0
         for shape, real in zip(program.input_shapes, program.floating, strict=True):
             if not real:
@@ -312,6 +314,8 @@ def _fit(view: WeightView, like: Field) -> WeightView | None:
 
 def _reason(name: str) -> tuple[str, str]:
     known = {
+        "custom_lin": "its derivative is a custom_vjp rule, which has no forward form; ignoring the rule would give "
+        "the kernel of another gradient (write it as jax.custom_jvp)",
         "scan": "a loop whose body mixes weights and activations is not covered yet",
         "while": "the number of turns of a data-dependent loop is not known when the model is traced",
         "cond": "which branch is taken depends on data",
