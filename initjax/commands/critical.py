@@ -48,7 +48,7 @@ def command(phi: str, sigma_b: float, every: bool, as_json: bool, out: Path | No
 def _table(phi: str, rows: list[dict]):
     from rich.table import Table
 
-    table = Table(title=f"Critical initialization of {phi}: gradient gain chi_1 = 1 at the fixed point q*", title_justify="left")
+    table = Table(title=f"Critical initialization of {phi}: chi_1 = 1 at the fixed point q*", title_justify="left")
     for heading in ("sigma_w", "sigma_b", "q*", "chi_q", "stable", "kind"):
         table.add_column(heading, justify="left" if heading in ("stable", "kind") else "right")
     for row in rows:

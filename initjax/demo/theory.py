@@ -11,7 +11,7 @@ from initjax.trace.jaxpr import float64
 
 
 def predict(setup: Setup, depth: int, width: int, images: np.ndarray) -> Predicted:
-    """Phase and depth scales from mean-field theory; signal, gradients and tangent kernel from the module as written."""
+    """Phase and depth scales from mean-field theory; signal, gradients and kernel from the module as written."""
     from initjax import infinite, meanfield, spectrum
 
     point = meanfield.fixed_point(jnp.tanh, setup.sigma_w, setup.sigma_b)

@@ -1,0 +1,328 @@
+"""One report on a whole model: what theory predicts for its initialization beside what its random draws show.
+
+It joins `kernel_fn` (infinite width), `measure` and `empirical_ntk` (the model's own width) and the spectrum of the
+kernels, layer by layer, and adds nothing of its own but means over inputs. Where exact theory does not cover a layer,
+the report says which and why, and the measured side stands alone.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from initjax.errors import InputError, UnsupportedLayerError
+
+NTK_DRAWS = 4  # networks whose tangent kernels are measured, if as many are measured at all
+PHASE_GAIN = 10.0
+
+
+class Estimate(NamedTuple):
+    """A mean over random networks and its standard error (nan for one network).
+
+    Attributes
+    ----------
+    mean, standard_error : floats, in the unit of the quantity.
+    """
+
+    mean: float
+    standard_error: float
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """One layer that owns weights; all numbers are means over the inputs, None where a side has no answer.
+
+    Attributes
+    ----------
+    name : path of the module.
+    q, q_measured : second moment of a pre-activation.
+    correlation, correlation_measured : of the pre-activations of two different inputs.
+    chi : predicted factor by which a small perturbation's square grows from the layer before.
+    gradient, gradient_measured : squared norm of the gradient of one output with respect to this layer's units.
+    """
+
+    name: str
+    q: float | None = None
+    q_measured: Estimate | None = None
+    correlation: float | None = None
+    correlation_measured: Estimate | None = None
+    chi: float | None = None
+    gradient: float | None = None
+    gradient_measured: Estimate | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What the initialization of one model does; made by `inspect`.
+
+    Attributes
+    ----------
+    layers : one `LayerReport` for each layer, in order of computation.
+    phase : "ordered", "critical" or "chaotic" as far as this depth can tell: the product of chi from the second layer
+        to the last is below 1/10, between, or above 10. "unknown" where the theory gives no chi.
+    gradient_ratio, gradient_ratio_measured : squared gradient at the first layer over that at the last; the measured
+        one is the mean over networks of its decimal logarithm, so that its standard error means something.
+    condition_number, condition_number_measured : of the tangent kernel on the inputs; measured as decimal logarithm.
+    max_learning_rate, max_learning_rate_measured : largest stable learning rate of full-batch gradient descent on the
+        mean squared error over the inputs, 1/(2n) sum (f - y)^2.
+    refusal : why the exact theory does not cover the model; None where it does.
+    notes : warnings of the two sides.
+    inputs : number of inputs.
+    networks, kernels : numbers of random networks behind the measurements, and behind those of tangent kernels.
+    """
+
+    layers: tuple[LayerReport, ...]
+    phase: str
+    gradient_ratio: float | None
+    gradient_ratio_measured: Estimate | None
+    condition_number: float | None
+    condition_number_measured: Estimate | None
+    max_learning_rate: float | None
+    max_learning_rate_measured: Estimate | None
+    refusal: str | None
+    notes: tuple[str, ...]
+    inputs: int
+    networks: int
+    kernels: int
+
+    def to_dict(self) -> dict:
+        """The report as dicts, lists, numbers, strings and None; infinities and nan stay floats."""
+        return _plain(self)
+
+    def table(self) -> Any:
+        """The report for a terminal, as a rich renderable (`rich.print(report.table())`)."""
+        from initjax.report import table
+
+        return table(self)
+
+    def plot(self) -> Any:
+        """Draw q, correlation and gradients over the layers: theory as lines, measurements as points.
+
+        Returns
+        -------
+        A matplotlib figure with three axes. Needs matplotlib (extra "plots").
+        """
+        from initjax.report import draw
+
+        return draw(self)
+
+    def to_html(self, path: Any) -> Path:
+        """Write the table and the figure as one self-contained HTML file; returns its path. Needs matplotlib."""
+        from initjax.report import write_html
+
+        return write_html(self, Path(path))
+
+    def _repr_html_(self) -> str:
+        from initjax.report import table_as_html
+
+        return table_as_html(self)
+
+
+def inspect(
+    model: Any,
+    inputs: Any,
+    *,
+    key: Any,
+    depth_report: bool = True,
+    kernels: bool = True,
+    seeds: int = 8,
+    apply_kwargs: dict | None = None,
+    rngs: Any = None,
+) -> Inspection:
+    r"""Report what the initialization of a model does: predicted at infinite width, measured at its own.
+
+    Parameters
+    ----------
+    model : a linen module, an nnx module, a factory `lambda rngs: Model(rngs=rngs)`, or a pair `(init_fn, apply_fn)`.
+    inputs : batch of n examples, or a tuple or dict of call arguments that are batches; n of 16 to 64 tells enough.
+    key : random key of the measured networks.
+    depth_report : measure second moments, correlations and gradients of every layer.
+    kernels : measure tangent kernels too (of at most 4 networks), in float64.
+    seeds : number of random networks to measure.
+    apply_kwargs, rngs : as in `kernel_fn`.
+
+    Returns
+    -------
+    Inspection, with `.table()`, `.to_dict()`, `.plot()` and `.to_html(path)`.
+
+    Raises
+    ------
+    InputError : a class instead of an instance, inputs that do not fit, `seeds` below 1. A layer that exact theory
+        does not cover raises nothing: it is told in the report, whose measured side still stands.
+
+    Accuracy
+    --------
+    Predictions as `kernel_fn`; they hold at infinite width, and depth / width measures how far a network is from it.
+    Measurements have their standard error beside them.
+
+    Examples
+    --------
+    >>> import jax, jax.numpy as jnp
+    >>> from flax import linen as nn
+    >>> import initjax as ij
+    >>> he = nn.initializers.he_normal()
+    >>> model = nn.Sequential([nn.Dense(64, kernel_init=he), nn.relu, nn.Dense(64, kernel_init=he)])
+    >>> x = jax.random.normal(jax.random.key(0), (4, 16))
+    >>> report = ij.inspect(model, x, key=jax.random.key(1), kernels=False)
+    >>> [layer.name for layer in report.layers], round(report.layers[1].chi, 6), report.phase
+    (['layers_0', 'layers_2'], 1.0, 'critical')
+    >>> measured = report.layers[1].q_measured
+    >>> bool(abs(measured.mean - report.layers[1].q) < 4 * measured.standard_error)
+    True
+
+    References
+    ----------
+    Schoenholz et al. 2017 (arXiv:1611.01232) for q, c, chi and gradients; Xiao, Pennington, Schoenholz 2020
+    (arXiv:1912.13053) for the condition number.
+    """
+    from initjax import empirical
+    from initjax.infinite import kernel_fn
+    from initjax.trace.flax import as_functional
+
+    if isinstance(seeds, bool) or not isinstance(seeds, int | np.integer) or seeds < 1:
+        raise InputError(
+            f"seeds = {seeds!r}.", "an integer >= 1.", "it is the number of random networks.", "8 give a first idea."
+        )
+    options = dict(apply_kwargs=apply_kwargs, rngs=rngs)
+    functional = as_functional(model, inputs, **options)
+    n = len(jax.tree.leaves(inputs)[0])
+    predicted, refusal = None, None
+    try:
+        predicted = kernel_fn(model, inputs, **options)(inputs)
+    except UnsupportedLayerError as error:
+        refusal = str(error)
+    signal_key, kernel_key = jax.random.split(key)
+    measured = empirical.measure(model, inputs, key=signal_key, seeds=seeds, **options) if depth_report else None
+    found = _measured_kernels(functional, inputs, kernel_key, min(seeds, NTK_DRAWS)) if kernels else []
+    layers = _join(predicted, measured, n)
+    gradient = _ratio([layer.gradient for layer in layers])
+    ratios = None
+    if measured is not None:
+        samples = measured.gradient_samples.mean(-1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = _over(np.log10(samples[:, 0]) - np.log10(samples[:, -1]))
+    notes = list(predicted.notes) if predicted is not None else []
+    if measured is not None and measured.not_measured:
+        notes.append(f"not measured, since they meet no data outside a loop: {', '.join(measured.not_measured)}")
+    return Inspection(
+        layers=layers,
+        phase=_phase([layer.chi for layer in layers[1:]]) if predicted is not None else "unknown",
+        gradient_ratio=gradient,
+        gradient_ratio_measured=ratios,
+        **_spectra(None if predicted is None else np.asarray(predicted.ntk), found, n),
+        refusal=refusal,
+        notes=tuple(notes),
+        inputs=n,
+        networks=0 if measured is None else measured.q_samples.shape[0],
+        kernels=len(found),
+    )
+
+
+def _measured_kernels(functional: Any, inputs: Any, key: Any, draws: int) -> list[np.ndarray]:
+    """Tangent kernels of random networks in float64: in float32 a condition number above 1e6 drowns in rounding."""
+    from initjax.empirical import empirical_ntk
+    from initjax.trace.jaxpr import float64
+
+    ntk_fn = empirical_ntk(functional.apply)
+    kernels = []
+    for one in jax.random.split(key, 1 if functional.values is not None else draws):
+        params = functional.init(one)
+        with float64():
+            kernels.append(np.asarray(ntk_fn(_wide(params), _wide(inputs)), np.float64))
+    return kernels
+
+
+def _wide(tree: Any) -> Any:
+    """Floating leaves as float64."""
+    leaves, structure = jax.tree.flatten(tree)
+    wide = [np.asarray(leaf, np.float64) if np.asarray(leaf).dtype.kind not in "iub" else leaf for leaf in leaves]
+    return jax.tree.unflatten(structure, wide)
+
+
+def _spectra(predicted: np.ndarray | None, measured: list[np.ndarray], n: int) -> dict:
+    from initjax.spectrum import condition_number, max_learning_rate
+
+    answer: dict[str, Any] = dict.fromkeys(
+        ("condition_number", "condition_number_measured", "max_learning_rate", "max_learning_rate_measured")
+    )
+    if predicted is not None:
+        answer["condition_number"] = float(condition_number(predicted))
+        answer["max_learning_rate"] = float(max_learning_rate(predicted, n))
+    if measured:
+        answer["condition_number_measured"] = _over(np.array([np.log10(condition_number(k)) for k in measured]))
+        answer["max_learning_rate_measured"] = _over(np.array([max_learning_rate(k, n) for k in measured]))
+    return answer
+
+
+def _join(predicted: Any, measured: Any, n: int) -> tuple[LayerReport, ...]:
+    """Both sides by layer name; a module that is used several times is matched use by use."""
+    off = ~np.eye(n, dtype=bool)
+    rows: dict[tuple[str, int], dict] = {}
+
+    def row(name: str, seen: dict[str, int]) -> dict:
+        seen[name] = seen.get(name, -1) + 1
+        return rows.setdefault((name, seen[name]), {})
+
+    if measured is not None:
+        seen: dict[str, int] = {}
+        q, gradient = (samples.mean(-1) for samples in (measured.q_samples, measured.gradient_samples))
+        for i, name in enumerate(measured.layers):
+            row(name, seen).update(
+                q_measured=_over(q[:, i]),
+                correlation_measured=_correlation(measured, i, off) if n > 1 else None,
+                gradient_measured=_over(gradient[:, i]),
+            )
+    if predicted is not None:
+        seen = {}
+        for layer in predicted.layers:
+            row(layer.name, seen).update(
+                q=float(np.mean(layer.q)),
+                correlation=float(np.mean(np.asarray(layer.correlation)[off])) if n > 1 else None,
+                chi=_number(layer.chi),
+                gradient=_number(layer.gradient),
+            )
+    return tuple(LayerReport(name, **numbers) for (name, _), numbers in rows.items())
+
+
+def _correlation(measured: Any, layer: int, off: np.ndarray) -> Estimate:
+    """Mean over pairs of inputs; their errors belong to the same networks, so they add up rather than average out."""
+    return Estimate(
+        float(measured.correlation[layer][off].mean()), float(measured.correlation_error[layer][off].mean())
+    )
+
+
+def _number(values: Any) -> float | None:
+    mean = float(np.mean(values))
+    return None if math.isnan(mean) else mean
+
+
+def _over(samples: np.ndarray) -> Estimate:
+    samples = np.asarray(samples, np.float64)
+    error = (
+        samples.std(ddof=1) / math.sqrt(len(samples)) if len(samples) > 1 and np.isfinite(samples).all() else math.nan
+    )
+    return Estimate(float(samples.mean()), float(error))
+
+
+def _ratio(gradients: list[float | None]) -> float | None:
+    known = [value for value in gradients if value is not None]
+    return known[0] / known[-1] if len(known) > 1 and known[-1] > 0 else None
+
+
+def _phase(chi: list[float | None]) -> str:
+    known = [value for value in chi if value is not None]
+    if not known:
+        return "unknown"
+    gain = math.prod(known)
+    return "ordered" if gain < 1 / PHASE_GAIN else "chaotic" if gain > PHASE_GAIN else "critical"
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Estimate):
+        return value._asdict()
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value

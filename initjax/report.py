@@ -1,0 +1,152 @@
+"""How an `Inspection` looks: as a table in a terminal, as a figure, and as one HTML file."""
+
+import base64
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from initjax.errors import InputError
+
+if TYPE_CHECKING:
+    from initjax.inspection import Inspection
+
+THEORY, MEASURED = "#0072B2", "#D55E00"  # Okabe and Ito, told apart with any colour vision
+SHOWN = 24  # layers in the table of a deep model; the middle is left out
+
+
+def table(report: "Inspection") -> Any:
+    """A rich group: the layers, the model as a whole, and what the theory refuses."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    layers = Table(
+        title=f"Layers: predicted | measured (mean and standard error of {report.networks} networks, "
+        f"{report.inputs} inputs)",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    layers.add_column("layer", overflow="fold")
+    for heading in ("q", "measured", "corr.", "measured", "chi", "gradient", "measured"):
+        layers.add_column(heading, justify="right", no_wrap=True)
+    for layer in _shortened(report.layers):
+        if layer is None:
+            layers.add_row("...", *[""] * 7)
+            continue
+        layers.add_row(
+            Text(layer.name),
+            _number(layer.q),
+            _estimate(layer.q_measured),
+            _number(layer.correlation),
+            _estimate(layer.correlation_measured),
+            _number(layer.chi),
+            _number(layer.gradient),
+            _estimate(layer.gradient_measured),
+        )
+    whole = Table(title="Model", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    whole.add_column("quantity")
+    whole.add_column("predicted", justify="right")
+    whole.add_column("measured", justify="right")
+    whole.add_row("phase, as far as this depth tells", report.phase, "")
+    rows = (
+        ("gradient, first / last layer", report.gradient_ratio, _power(report.gradient_ratio_measured)),
+        ("NTK condition number", report.condition_number, _power(report.condition_number_measured)),
+        ("largest stable learning rate", report.max_learning_rate, _estimate(report.max_learning_rate_measured)),
+    )
+    for title, predicted, measured in rows:
+        whole.add_row(title, _number(predicted), measured)
+    parts: list[Any] = [layers, whole]
+    if report.refusal:
+        parts.append(Text(f"No exact prediction for this model:\n{report.refusal}\n"))
+    parts.extend(Text(f"Note: {note}\n") for note in report.notes)
+    return Group(*parts)
+
+
+def draw(report: "Inspection") -> Any:
+    """A matplotlib figure with q, correlation and gradient over the layers."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError(
+            given="a request for a figure, but matplotlib is not installed.",
+            accepted="an environment with matplotlib.",
+            why="the report is drawn with it.",
+            remedy="pip install 'initjax[plots]'",
+        ) from None
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 3)
+    number = range(1, len(report.layers) + 1)
+    for axes, name, label, log in (
+        (panels[0], "q", "second moment of a pre-activation, q", True),
+        (panels[1], "correlation", "correlation of two inputs", False),
+        (panels[2], "gradient", "squared gradient of an output\nwith respect to the layer", True),
+    ):
+        theory = [(x, getattr(layer, name)) for x, layer in zip(number, report.layers, strict=True)]
+        theory = [(x, y) for x, y in theory if y is not None]
+        found = [(x, getattr(layer, f"{name}_measured")) for x, layer in zip(number, report.layers, strict=True)]
+        found = [(x, y.mean, y.standard_error) for x, y in found if y is not None]
+        if theory:
+            axes.plot(*zip(*theory, strict=True), color=THEORY, label="predicted, infinite width")
+        if found:
+            x, mean, error = zip(*found, strict=True)
+            axes.errorbar(
+                x, mean, error, fmt="o", markersize=4, capsize=2, color=MEASURED, label=f"{report.networks} networks"
+            )
+        if log and all(y > 0 for _, y, *_ in (*theory, *found)):
+            axes.set_yscale("log")
+        axes.set_ylabel(label)
+        axes.set_xlabel("layer")
+    if panels[0].get_legend_handles_labels()[0]:
+        panels[0].legend()
+    figure.suptitle(f"Initialization of the model: {report.phase}, predicted and measured on {report.inputs} inputs")
+    return figure
+
+
+def table_as_html(report: "Inspection") -> str:
+    """The table as an HTML fragment."""
+    from rich.console import Console
+
+    console = Console(record=True, file=io.StringIO(), width=120)
+    console.print(table(report))
+    return console.export_html(inline_styles=True, code_format="<pre style='line-height:1.2'>{code}</pre>")
+
+
+def write_html(report: "Inspection", path: Path) -> Path:
+    """Write the table and the figure into one file that needs no other."""
+    picture = io.BytesIO()
+    draw(report).savefig(picture, format="png", dpi=110)
+    encoded = base64.b64encode(picture.getvalue()).decode()
+    path.write_text(
+        "<!doctype html><html lang='en'><meta charset='utf-8'><title>initjax: initialization report</title>"
+        f"<body>{table_as_html(report)}<p><img alt='q, correlation and gradient over the layers' "
+        f"src='data:image/png;base64,{encoded}'></p></body></html>\n",
+        encoding="utf-8",
+    )
+    return path
+
+
+def _shortened(layers: tuple) -> list:
+    if len(layers) <= SHOWN:
+        return list(layers)
+    return [*layers[: SHOWN // 2], None, *layers[-SHOWN // 2 :]]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _estimate(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value.mean:.3g}±{value.standard_error:.1g}"
+
+
+def _power(value: Any) -> str:
+    """An estimate of a decimal logarithm, its error as a factor."""
+    if value is None:
+        return "-"
+    return f"{10**value.mean:.2g} ×÷{10**value.standard_error:.2g}"

@@ -1,0 +1,167 @@
+"""The report on a whole model: both sides joined, refusals told, and every form it takes."""
+
+import json
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import initjax as ij
+
+KEY = jax.random.key(0)
+
+
+def batch(n=6, d=16):
+    return np.random.default_rng(0).normal(size=(n, d)).astype(np.float32)
+
+
+class Tanh(nn.Module):
+    """Hidden layers with known standard deviations."""
+
+    hidden: int = 2
+    width: int = 48
+    sigma_w: float = 1.5
+    sigma_b: float = 0.3
+
+    @nn.compact
+    def __call__(self, x):
+        options = dict(
+            kernel_init=nn.initializers.variance_scaling(self.sigma_w**2, "fan_in", "normal"),
+            bias_init=nn.initializers.normal(self.sigma_b),
+        )
+        for _ in range(self.hidden):
+            x = jnp.tanh(nn.Dense(self.width, **options)(x))
+        return nn.Dense(3, **options)(x)
+
+
+@pytest.fixture(scope="module")
+def report():
+    return ij.inspect(Tanh(), batch(), key=KEY, seeds=24)
+
+
+def test_predicted_second_moments_follow_the_variance_map(report):
+    q = 1.5**2 * np.mean(batch().astype(np.float64) ** 2, axis=1) + 0.3**2
+    for layer in report.layers:
+        # the widths of the initializers are float32 constants, snapped to the decimals they stand for
+        np.testing.assert_allclose(layer.q, q.mean(), rtol=1e-6)
+        q = 1.5**2 * ij.gaussian.moment(jnp.tanh, q) + 0.3**2
+
+
+def test_predicted_gradients_are_products_of_chi(report):
+    chi = [layer.chi for layer in report.layers]
+    # both are means over inputs with different q: a product of means is not the mean of products
+    assert report.layers[0].gradient == pytest.approx(chi[1] * chi[2], rel=0.05)
+    assert report.layers[-1].gradient == pytest.approx(1.0, rel=1e-12)
+    assert report.gradient_ratio == report.layers[0].gradient / report.layers[-1].gradient
+
+
+def test_measurements_lie_around_the_predictions(report):
+    for layer in report.layers:
+        assert abs(layer.q_measured.mean - layer.q) < 5 * layer.q_measured.standard_error  # 24 draws: t, not normal
+        gap = abs(layer.correlation_measured.mean - layer.correlation)
+        assert gap < 5 * layer.correlation_measured.standard_error
+    gap = abs(report.gradient_ratio_measured.mean - math.log10(report.gradient_ratio))
+    assert gap < 5 * report.gradient_ratio_measured.standard_error
+    # the largest eigenvalue of 4 networks of width 48
+    measured = report.max_learning_rate_measured
+    assert abs(measured.mean - report.max_learning_rate) < max(
+        5 * measured.standard_error, 0.3 * report.max_learning_rate
+    )
+
+
+def test_spectrum_is_that_of_the_kernel(report):
+    kernel = ij.kernel_fn(Tanh(), batch())(batch())
+    assert report.condition_number == float(ij.condition_number(kernel.ntk))
+    assert report.max_learning_rate == float(ij.max_learning_rate(kernel.ntk, len(batch())))
+
+
+@pytest.mark.parametrize(("sigma_w", "phase"), [(0.3, "ordered"), (1.0, "critical"), (6.0, "chaotic")])
+def test_phase_is_what_the_whole_depth_does(sigma_w, phase):
+    found = ij.inspect(Tanh(4, 16, sigma_w, 0.01), batch(3), key=KEY, depth_report=False, kernels=False)
+    assert found.phase == phase
+    assert found.networks == found.kernels == 0 and found.gradient_ratio_measured is None
+
+
+def test_refusal_is_told_and_the_measured_side_stands():
+    model = nn.Sequential([nn.Conv(4, (3,)), nn.relu, lambda x: x.reshape(x.shape[0], -1), nn.Dense(2)])
+    x = np.random.default_rng(0).normal(size=(4, 8, 2)).astype(np.float32)
+    with pytest.raises(ij.UnsupportedLayerError) as error:
+        ij.kernel_fn(model, x)
+    found = ij.inspect(model, x, key=KEY, seeds=3)
+    assert found.refusal == str(error.value)
+    assert found.phase == "unknown" and found.condition_number is None
+    assert [layer.name for layer in found.layers] == ["layers_0", "layers_3"]
+    assert all(layer.q is None and layer.q_measured.mean > 0 for layer in found.layers)
+    assert found.condition_number_measured.mean > 0
+    assert "No exact prediction" in text_of(found)
+
+
+def test_nnx_factory_and_linen_agree():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.first, self.last = nnx.Linear(16, 32, rngs=rngs), nnx.Linear(32, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.last(jax.nn.relu(self.first(x)))
+
+    linen = nn.Sequential([nn.Dense(32), nn.relu, nn.Dense(3)])
+    options = dict(key=KEY, depth_report=False, kernels=False)
+    ours, theirs = ij.inspect(lambda rngs: Net(rngs), batch(), **options), ij.inspect(linen, batch(), **options)
+    assert [layer.name for layer in ours.layers] == ["first", "last"]
+    assert [layer.q for layer in ours.layers] == pytest.approx([layer.q for layer in theirs.layers], rel=1e-12)
+    assert ours.condition_number == pytest.approx(theirs.condition_number, rel=1e-9)
+
+
+def text_of(found):
+    from rich.console import Console
+
+    console = Console(width=80, file=open("/dev/null", "w"), record=True)
+    console.print(found.table())
+    console.file.close()
+    return console.export_text()
+
+
+def test_table_fits_a_terminal_and_names_every_layer(report):
+    text = text_of(report)
+    assert all(layer.name in text for layer in report.layers)
+    assert "NTK condition number" in text and "…" not in text
+
+
+def test_table_of_a_deep_model_leaves_out_the_middle():
+    found = ij.inspect(Tanh(hidden=40, width=8), batch(2), key=KEY, depth_report=False, kernels=False)
+    text = text_of(found)
+    assert "Dense_0" in text and "Dense_40" in text and "Dense_20" not in text and "..." in text
+
+
+def test_dict_is_json(report):
+    from initjax.commands.output import strict_json
+
+    data = json.loads(strict_json(report.to_dict()))
+    assert data["layers"][0]["q_measured"].keys() == {"mean", "standard_error"}
+    assert data["refusal"] is None and data["inputs"] == 6 and data["networks"] == 24 and data["kernels"] == 4
+
+
+def test_figure_and_html(report, tmp_path):
+    figure = report.plot()
+    assert len(figure.axes) == 3 and all(axes.get_xlabel() == "layer" for axes in figure.axes)
+    text = report.to_html(tmp_path / "report.html").read_text()
+    assert text.startswith("<!doctype html>") and "data:image/png;base64," in text
+    assert "Dense_1" in text and "http" not in text  # self-contained
+
+
+@pytest.mark.parametrize("seeds", [0, True])
+def test_seeds_are_checked(seeds):
+    with pytest.raises(ij.InputError, match=f"seeds = {seeds}"):
+        ij.inspect(Tanh(), batch(), key=KEY, seeds=seeds)
+
+
+def test_a_class_and_a_wrong_shape_are_refused():
+    with pytest.raises(ij.InputError, match="class"):
+        ij.inspect(Tanh, batch(), key=KEY)
+    # a convolution over more axes than the inputs have
+    with pytest.raises(ij.InputError, match="Accepted: "):
+        ij.inspect(nn.Sequential([nn.Conv(2, (3, 3)), nn.Dense(1)]), batch(2, 4)[0], key=KEY)
