@@ -60,7 +60,7 @@ def table(report: "Inspection") -> Any:
     parts: list[Any] = [layers, whole]
     if report.refusal:
         parts.append(Text(f"No exact prediction for this model:\n{report.refusal}\n"))
-    parts.extend(Text(f"Note: {note}\n") for note in report.notes)
+    parts.extend(Text(f"Note: {note}\n") for note in _grouped(report.notes))
     return Group(*parts)
 
 
@@ -133,6 +133,18 @@ def _shortened(layers: tuple) -> list:
     if len(layers) <= SHOWN:
         return list(layers)
     return [*layers[: SHOWN // 2], None, *layers[-SHOWN // 2 :]]
+
+
+def _grouped(notes: tuple[str, ...]) -> list[str]:
+    """Notes `place: text` with the same text become one, so that forty layers do not say one thing forty times."""
+    places: dict[str, list[str]] = {}
+    for note in notes:
+        place, colon, text = note.partition(": ")
+        places.setdefault(text if colon else note, []).append(place if colon else "")
+    return [
+        f"{where[0]}{f' and {len(where) - 1} more' if len(where) > 1 else ''}: {text}" if where[0] else text
+        for text, where in places.items()
+    ]
 
 
 def _number(value: float | None) -> str:

@@ -12,7 +12,7 @@ from initjax.errors import InputError
 # Names that JAX spells otherwise. `gelu` itself stays what jax.nn.gelu is by default, the tanh form.
 EXTRA_NAMES = ("erf", "gelu_exact", "identity", "linear")
 FAMILIAR = (
-    *("relu", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "swish", "mish", "softplus", "softsign", "sigmoid"),
+    *("relu", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "swish", "mish", "softplus", "soft_sign", "sigmoid"),
     *("relu6", "hard_tanh", "hard_swish", "hard_sigmoid", "log_sigmoid", "squareplus", "tanh", "sin", "cos", "arctan"),
     *("abs", "square", *EXTRA_NAMES),
 )
@@ -38,12 +38,13 @@ def _named(text: str) -> Any:
     import jax
     import jax.numpy as jnp
 
-    extra = {
-        "erf": jax.scipy.special.erf,
-        "gelu_exact": lambda x: jax.nn.gelu(x, approximate=False),
-        "identity": lambda x: x,
-        "linear": lambda x: x,
-    }
+    def gelu_exact(x):
+        return jax.nn.gelu(x, approximate=False)
+
+    def identity(x):
+        return x
+
+    extra = {"erf": jax.scipy.special.erf, "gelu_exact": gelu_exact, "identity": identity, "linear": identity}
     if text in extra:
         return extra[text]
     for module in (jax.nn, jnp):
