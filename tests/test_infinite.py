@@ -279,6 +279,21 @@ def test_inside_jit_with_concrete_and_with_traced_inputs():
     np.testing.assert_allclose(single, linen_kernel("relu")(X).nngp, rtol=2e-5)  # float32
 
 
+@pytest.mark.x64_off
+@pytest.mark.parametrize("activation", ["relu", "erf", "tanh"])
+def test_float64_results_whatever_the_flag(activation):
+    kernel = linen_kernel(activation)
+    got = kernel(X)
+    nngp, thetas, _, _ = own_oracle(activation)
+    assert got.ntk.dtype == np.float64
+    np.testing.assert_allclose(got.nngp, nngp, rtol=EXACT)
+    np.testing.assert_allclose(got.ntk, sum(thetas.values()), rtol=EXACT)
+    if activation != "tanh":  # without a closed form the traced quadrature takes long to compile
+        traced = jax.jit(lambda x: kernel(x).ntk)(jnp.asarray(X))
+        assert traced.dtype == jnp.float32
+        np.testing.assert_allclose(traced, got.ntk, rtol=2e-5)  # float32
+
+
 @pytest.mark.slow
 def test_kernel_is_differentiable_in_the_inputs():
     kernel = ij.kernel_fn(nn.Sequential([nn.Dense(64), jax.lax.erf, nn.Dense(1)]), X)

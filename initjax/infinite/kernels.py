@@ -118,19 +118,19 @@ class KernelFunction:
             return self._compute(*[self.walk(batch) for batch in batches])
         dtype = jnp.result_type(*[leaf for leaf in jax.tree.leaves(batches) if is_traced(leaf)])
         with jax.numpy_dtype_promotion("standard"):  # tracers meet NumPy float64 constants
-            kernel = self._compute(*[self.walk(batch, wide=False) for batch in batches])
+            kernel = self._compute(*[self.walk(batch) for batch in batches])
             return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), kernel)
 
-    def walk(self, x, wide: bool = True) -> Walked:
+    def walk(self, x) -> Walked:
         """The model's values on a batch, before any moment is computed; raises UnsupportedLayerError."""
         leaves = jax.tree.leaves(x)
         leaves = [leaf if is_traced(leaf) else np.asarray(leaf) for leaf in leaves]
         tree = jax.tree.structure(x)
-        key = (tree, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves), wide)
+        key = (tree, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves))
         if key not in self._programs:
             shapes = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves])
             try:
-                self._programs[key] = trace_program(self._functional, self.weights, shapes, wide)
+                self._programs[key] = trace_program(self._functional, self.weights, shapes)
             except InputError:
                 raise
             except Exception as error:

@@ -297,7 +297,7 @@ class Arena:
 
     def function(self, leaf: Sum, expr: Expr) -> Sum:
         """`expr` of the leaf as a sum; constants and multiples of the leaf itself are recognised."""
-        if expr.op == "literal" and not expr.is_bool:
+        if expr.op == "literal" and expr.dtype is None:
             return self.sum(leaf.axes, (), expr.value)
         if expr is VARIABLE:
             return leaf

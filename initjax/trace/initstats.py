@@ -17,7 +17,7 @@ import numpy as np
 
 from initjax.trace.flax import Functional
 from initjax.trace.inline import Equation, Straight, inline
-from initjax.trace.jaxpr import float64
+from initjax.trace.pointwise import evaluate, is_pointwise
 
 _SAMPLES = 8  # draws of a leaf that cannot be read, each with its own key
 
@@ -173,29 +173,16 @@ def _step(equation: Equation, operands: list, program: Straight) -> list:
     sizes = {program.avals[n].size for n, x in zip(equation.inputs, operands, strict=True) if isinstance(x, _Draw)}
     plain = len({(d.key, d.mantissa) for d in draws}) == 1 and sizes == {math.prod(shapes[0])}
     others = [_uniform_value(x) for x in operands if not isinstance(x, _Draw)]
-    if plain and name in ELEMENTWISE and None not in others:
+    inputs = [program.avals[n].shape for n in equation.inputs]
+    if plain and is_pointwise(equation, inputs, shapes[0]) and None not in others:
         nodes = draws[0].values
         arrays = [x.values if isinstance(x, _Draw) else np.full_like(nodes, _uniform_value(x)) for x in operands]
-        return [_Draw(draws[0].key, elementwise(equation, arrays), draws[0].mantissa)]
+        return [_Draw(draws[0].key, evaluate(equation, arrays), draws[0].mantissa)]
     if name == "convert_element_type" and isinstance(first, _Draw):
         return [_Draw(first.key, _converted(first.values, params["new_dtype"]), first.mantissa)]
     if name == "broadcast_in_dim" and plain:
         return [first]
     return [_Opaque()]
-
-
-# primitives that act entry by entry; shared with the walk over the model
-ELEMENTWISE = frozenset(
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp copysign cos cosh digamma div eq erf "
-    "erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg "
-    "nextafter not or pow rem round rsqrt select_n sign sin sinh sqrt square sub tan tanh xor".split()
-)
-
-
-def elementwise(equation: Equation, arrays: list[np.ndarray]) -> np.ndarray:
-    """Apply an elementwise primitive to equal-shaped float64 (or boolean) arrays, in float64."""
-    with float64():
-        return np.asarray(equation.primitive.bind(*[jnp.asarray(a) for a in arrays], **equation.params))
 
 
 def _converted(values: np.ndarray, dtype) -> np.ndarray:

@@ -4,7 +4,6 @@ The program is `jax.jvp` of the model with every weight leaf and every input per
 its outputs is the NNGP kernel, that of its tangents the NTK, and one interpreter serves both.
 """
 
-import contextlib
 import dataclasses
 from typing import Any
 
@@ -37,16 +36,13 @@ class Program:
     floating: tuple[bool, ...]
 
 
-def trace_program(functional: Functional, leaves: tuple[LeafStats, ...], x, wide: bool = True) -> Program:
-    """Trace the model at the shapes of `x`.
+def trace_program(functional: Functional, leaves: tuple[LeafStats, ...], x) -> Program:
+    """Trace the model at the shapes of `x`, in float64: constants inside activations keep all their digits.
 
     Parameters
     ----------
     functional, leaves : from `as_functional` and `leaf_statistics`.
     x : inputs, with the structure of the example; only shapes and dtypes are read.
-    wide : trace in float64, so that the constants inside activations (sqrt(1/2) in gelu) are not rounded to float32;
-        False traces in the inputs' own precision, for traced inputs.
-
     Raises
     ------
     UnsupportedLayerError : the model has a custom_vjp, has several outputs, or a non-floating output.
@@ -54,15 +50,13 @@ def trace_program(functional: Functional, leaves: tuple[LeafStats, ...], x, wide
     shapes, tree = jax.tree.flatten(x)
     floating = tuple(bool(jnp.issubdtype(leaf.dtype, jnp.floating)) for leaf in shapes)
     # the author's model decides how its dtypes mix; the strict modes are for callers' own code
-    with _wide(wide), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        real = jnp.float64 if wide else jnp.result_type(jnp.float32)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
 
-        def struct(leaf, is_real):
-            dtype = (real if wide else leaf.dtype) if is_real else leaf.dtype
-            return jax.ShapeDtypeStruct(leaf.shape, dtype)
+        def struct(leaf, is_real=True):
+            return jax.ShapeDtypeStruct(leaf.shape, jnp.float64 if is_real else leaf.dtype)
 
         xs = [struct(leaf, f) for leaf, f in zip(shapes, floating, strict=True)]
-        params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, real), functional.abstract_params)
+        params = jax.tree.map(struct, functional.abstract_params)
         reals = [leaf for leaf, f in zip(xs, floating, strict=True) if f]
 
         def both(params, params_dot, xs, reals_dot):
@@ -110,10 +104,6 @@ def read_model(functional: Functional) -> tuple[LeafStats, ...]:
             )
         owners[leaf.key] = leaf.name
     return leaves
-
-
-def _wide(wide: bool):
-    return jax.enable_x64(True) if wide else contextlib.nullcontext()
 
 
 def _custom_vjp(error) -> UnsupportedLayerError:

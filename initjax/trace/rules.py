@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from initjax.trace import expr as ex
-from initjax.trace.domain import Atom, Axis, Base, Const, Ew, Field, Lin, Relayout, Sum, Tangent, extents
-from initjax.trace.initstats import ELEMENTWISE
+from initjax.trace.domain import Atom, Axis, Base, Const, Ew, Field, Lin, Relayout, Sum, Tangent
 from initjax.trace.jaxpr import is_traced
 from initjax.trace.views import WeightView
 from initjax.trace.walk import Walk, const, near_of
@@ -28,7 +27,7 @@ def const_rule(walk: Walk, operands: list[Const]) -> list[Const]:
     leaf = operands[0].leaf if len(operands) == 1 else ""
     if equation.name in _KEEPS_UNIFORM and operands[0].scalar is not None:
         return [Const(np.asarray(operands[0].value).reshape(-1)[:1].reshape((1,) * len(shapes[0])), shapes[0], leaf)]
-    if equation.name in ELEMENTWISE and len(shapes) == 1:
+    if len(shapes) == 1 and walk.is_pointwise():
         ranks = len(shapes[0])
         values = [v.value.reshape((1,) * (ranks - np.ndim(v.value)) + np.shape(v.value)) for v in operands]
         common = np.broadcast_shapes(*(np.shape(v) for v in values))
@@ -188,7 +187,7 @@ def product(walk: Walk, left: Sum, right: Sum, near: str) -> Sum:
     return _function(walk, jax.lax.mul_p, {}, [left, right], near)
 
 
-def _function(walk: Walk, primitive, params: dict, bodies: list, near: str) -> Sum:
+def _function(walk: Walk, primitive, params: dict, bodies: list, near: str, dtype=None) -> Sum:
     arena = walk.arena
     sums = [b for b in bodies if isinstance(b, Sum)]
     leaf = arena.common_leaf(sums)
@@ -200,7 +199,7 @@ def _function(walk: Walk, primitive, params: dict, bodies: list, near: str) -> S
             args.append(ex.literal(body.scalar))
         else:
             args.append(arena.as_expr(body, leaf))
-    return arena.function(leaf, ex.apply(primitive, params, args))
+    return arena.function(leaf, ex.apply(primitive, params, args, dtype))
 
 
 def _why_no_leaf(walk: Walk, sums: list[Sum]) -> tuple[str, str]:
@@ -390,10 +389,11 @@ def _div(walk: Walk, operands):
         one = Const(np.ones((1,) * len(like.shape)), like.shape)
         inverse = _function(walk, jax.lax.div_p, {}, [one, bodies[1]], near)
         return [Field(times_tangent(walk, bodies[0], inverse, near), like.groups, near)]
-    return _nonlinear(walk, operands)
+    return nonlinear(walk, operands)
 
 
-def _nonlinear(walk: Walk, operands):
+def nonlinear(walk: Walk, operands):
+    """A pointwise primitive of primal fields: one function of their common Gaussian leaf."""
     assert walk.equation is not None
     operands = [_grounded(walk, v) for v in operands]
     bodies, like = aligned(walk, operands)
@@ -401,7 +401,9 @@ def _nonlinear(walk: Walk, operands):
         raise walk.refuse(
             like.near, "a nonlinear function of a derivative (a gradient penalty?) is not covered", _MEASURE
         )
-    result = _function(walk, walk.equation.primitive, walk.equation.params, bodies, like.near)
+    dtype = np.dtype(walk.program.body.avals[walk.equation.outputs[0]].dtype)
+    dtype = None if np.issubdtype(dtype, np.floating) or dtype.kind == "V" else dtype
+    result = _function(walk, walk.equation.primitive, walk.equation.params, bodies, like.near, dtype)
     return [Field(result, like.groups, like.near)]
 
 
@@ -437,7 +439,7 @@ def _select(walk: Walk, operands):
             picked.append(scaled(walk, body, mask))
         return [Field(total(walk, picked), like.groups, near)]
     if not any(isinstance(b, Tangent) for b in bodies):
-        return _nonlinear(walk, operands)
+        return nonlinear(walk, operands)
     assert walk.equation is not None
     parts = []
     for number, body in enumerate(bodies):
@@ -457,17 +459,17 @@ def _convert(walk: Walk, operands):
     dtype = np.dtype(walk.equation.params["new_dtype"])
     if not isinstance(value, Field) or not isinstance(value.body, Sum):
         return [value]
-    (atom, c) = value.body.terms[0] if len(value.body.terms) == 1 else (None, None)
-    boolean = isinstance(atom, Ew) and atom.expr.is_bool
-    if boolean and isinstance(atom, Ew) and dtype.kind != "b":
-        body = walk.arena.function(atom.leaf, ex.cast(atom.expr, False))
-        return [Field(body, value.groups, value.near)]
-    if dtype.kind in {"i", "u", "b"} and not boolean:
+    (atom, _) = value.body.terms[0] if len(value.body.terms) == 1 else (None, None)
+    kind = atom.expr.dtype if isinstance(atom, Ew) else None
+    if dtype.kind in {"i", "u", "b"} and kind is None:
         raise walk.refuse(
             value.near,
             "activations become integers, so derivatives vanish and the result depends on rounding",
             _MEASURE,
         )
+    if isinstance(atom, Ew) and kind is not None:
+        body = walk.arena.function(atom.leaf, ex.cast(atom.expr, dtype if dtype.kind in {"i", "u", "b"} else None))
+        return [Field(body, value.groups, value.near)]
     return [value]
 
 
@@ -616,9 +618,7 @@ def _reduce_sum(walk: Walk, operands):
     return [Field(walk.arena.relayout(value.body, Relayout("sum", tuple(axes))), groups, value.near)]
 
 
-__all__ = ["RULES", "const_rule", "extents"]
-
-RULES = {name: _nonlinear for name in ELEMENTWISE} | {
+RULES = {
     "add": _add,
     "add_any": _add,
     "sub": lambda walk, operands: _add(walk, operands, -1.0),

@@ -18,6 +18,7 @@ from initjax.trace.flax import layer_of
 from initjax.trace.inline import Equation
 from initjax.trace.jaxpr import float64, is_traced
 from initjax.trace.names import refusal
+from initjax.trace.pointwise import is_pointwise
 from initjax.trace.program import Program
 from initjax.trace.views import WeightView
 
@@ -105,6 +106,13 @@ class Walk:
         else:
             self.tangents[layer] = value.body
 
+    def is_pointwise(self) -> bool:
+        """Whether the current equation acts entry by entry."""
+        assert self.equation is not None
+        avals = self.program.body.avals
+        inputs = [tuple(avals[n].shape) for n in self.equation.inputs]
+        return is_pointwise(self.equation, inputs, tuple(avals[self.equation.outputs[0]].shape))
+
     def bind(self, values: list[Any], params: dict | None = None) -> list[Any]:
         """Evaluate the current equation on known arrays: eagerly in float64, or with tracers in their dtype."""
         assert self.equation is not None
@@ -112,22 +120,28 @@ class Walk:
         params = self.equation.params if params is None else params
         avals = [self.program.body.avals[n] for n in self.equation.inputs]
 
-        def run():
-            arrays = [v if _is_key(v) else jnp.asarray(v, aval.dtype) for v, aval in zip(values, avals, strict=True)]
+        def run(real, params):
+            arrays = []
+            for v, aval in zip(values, avals, strict=True):
+                is_real = jnp.issubdtype(aval.dtype, jnp.floating)
+                arrays.append(v if _is_key(v) else jnp.asarray(v, real if is_real else aval.dtype))
             out = primitive.bind(*arrays, **params)
             return out if primitive.multiple_results else [out]
 
-        if any(is_traced(v) for v in values):
-            return run()
+        tracers = [v for v in values if is_traced(v) and jnp.issubdtype(v.dtype, jnp.floating)]
+        if any(is_traced(v) for v in values):  # the program was traced in float64; tracers keep their precision
+            real = tracers[0].dtype if tracers else jnp.result_type(jnp.float32)
+            wide = {k: v for k, v in params.items() if _is_float64(v)}
+            return run(real, {**params, **dict.fromkeys(wide, real)})
         with float64():
-            return [o if _is_key(o) else np.asarray(o) for o in run()]
+            return [o if _is_key(o) else np.asarray(o) for o in run(jnp.float64, params)]
 
     # ------------------------------------------------------------------ the walk
 
     def run(self, inputs: list[Any]) -> Walked:
         """Walk the program on concrete or traced input leaves."""
         from initjax.trace import contract  # noqa: F401  (adds its rules)
-        from initjax.trace.rules import RULES, const_rule
+        from initjax.trace.rules import RULES, const_rule, nonlinear
 
         values = self._start(inputs)
         body = self.program.body
@@ -137,7 +151,7 @@ class Walk:
             if all(isinstance(v, Const) for v in operands):
                 results = const_rule(self, operands)
             else:
-                rule: Callable | None = RULES.get(equation.name)
+                rule: Callable | None = RULES.get(equation.name) or (nonlinear if self.is_pointwise() else None)
                 try:
                     if rule is None:
                         raise self.refuse(near_of(operands), *_reason(equation.name))
@@ -288,6 +302,10 @@ def _perturbs(atom) -> bool:
 
 def _spare(value) -> bool:
     return isinstance(value, Const) or isinstance(value, Field) and is_perturbation(value.body)
+
+
+def _is_float64(value) -> bool:
+    return isinstance(value, (np.dtype, type)) and value == np.float64
 
 
 def _is_key(value) -> bool:
