@@ -5,16 +5,17 @@ import math
 
 import numpy as np
 import pytest
-from initjax.errors import InputError
 
 from initjax.demo.verdict import Estimate, Outcome, has_trained, is_trainable, verdict
+from initjax.errors import InputError
 
 CHANCE = 0.1
 
 
-def outcome(name, trainable, accuracy, best=None, predicted=1e-3, measured=-3.0):
+def outcome(name, trainable, accuracy, best=None, predicted=1e-3, measured=-3.0, kappa=(100.0, 2.0)):
     best = accuracy if best is None else best
-    return Outcome(name, trainable, Estimate(accuracy, 0.01), best, predicted, Estimate(measured, 0.1))
+    gradient, condition = Estimate(measured, 0.1), Estimate(kappa[1], 0.1)
+    return Outcome(name, trainable, Estimate(accuracy, 0.01), best, predicted, gradient, kappa[0], condition)
 
 
 def say(*outcomes):
@@ -54,6 +55,17 @@ def test_verdict_gives_the_worst_gap_of_the_gradient_ratios():
 
 def test_verdict_survives_a_gradient_that_underflows():
     assert "within a factor inf (worst: cold)" in say(outcome("cold", False, 0.1, predicted=0.0, measured=-300.0))
+
+
+def test_verdict_tells_whether_condition_numbers_come_in_the_predicted_order():
+    low = outcome("critical", True, 0.95, kappa=(10.0, 1.0))
+    assert "come in the predicted order, within a factor 10 (worst: cold)" in say(
+        low, outcome("cold", False, 0.1, kappa=(1e6, 7.0))
+    )
+    assert "do NOT come in the predicted order" in say(low, outcome("cold", False, 0.1, kappa=(1e6, 0.5)))
+    both_singular = say(low, outcome("cold", False, 0.1, kappa=(math.inf, math.inf)))
+    assert "in the predicted order, within a factor 1 (" in both_singular
+    assert "within a factor inf (worst: cold)" in say(low, outcome("cold", False, 0.1, kappa=(math.inf, 9.0)))
 
 
 def test_verdict_is_one_sentence():

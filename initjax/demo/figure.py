@@ -17,7 +17,7 @@ STYLE = {
     "critical": ("#000000", "o"),
     "hot": ("#D55E00", "^"),
 }
-LABELS = {"cold": (-4, 10), "Xavier": (-2, -20), "critical": (18, 10), "hot": (0, 10)}
+LABELS = {"cold": (-4, 10), "Xavier": (-8, -20), "critical": (34, -4), "hot": (0, 10)}
 ORDERED, TRAINABLE, CHAOTIC = "#DCE9F5", "#FFF3B8", "#F8DDD0"
 
 
@@ -102,7 +102,7 @@ def _signal(upper, lower, report: "Report") -> None:
     upper.set_yscale("log")
     lower.set_yscale("log")
     upper.tick_params(labelbottom=False)
-    upper.set_ylabel("signal $q$")
+    upper.set_ylabel("signal $q$, second\nmoment of a unit")
     lower.set_ylabel("gradient second moment,\nrelative to the last layer")
     lower.set_xlabel("layer")
     upper.set_title(f"b. Line = predicted, points = measured, {report.config.draws} networks", loc="left")

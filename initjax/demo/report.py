@@ -96,6 +96,8 @@ class Line:
             best_accuracy=self.best_accuracy,
             gradient_ratio=float(self.predicted.gradient[0]),
             measured_log10_gradient_ratio=self.measured.log10_gradient.at(0),
+            condition_number=self.predicted.ntk_condition_number,
+            measured_log10_condition_number=self.measured.log10_ntk_condition_number,
         )
 
 
@@ -158,7 +160,7 @@ class Report:
         table = Table(
             title=f"tanh network, depth {config.depth}, width {config.width}, on handwritten digits",
             caption=f"measured: mean and standard error of {config.draws} networks (×÷: error as a factor); "
-            f"accuracy: of {config.seeds}",
+            f"accuracy: {config.seeds} networks",
             box=box.SIMPLE_HEAVY,
             pad_edge=False,
             padding=(0, 1),
@@ -188,7 +190,13 @@ def _power(estimate: Estimate) -> str:
     """A quantity measured by its decimal logarithm, with the error as a factor."""
     if not np.isfinite(estimate.mean):
         return "inf" if estimate.mean > 0 else "0"
-    return f"{10**estimate.mean:.2g} ×÷{10**estimate.standard_error:.2g}"
+    return f"{_short(10**estimate.mean)} ×÷{10**estimate.standard_error:.2g}"
+
+
+def _short(value: float) -> str:
+    """Two digits, and the exponent without its zeros, so that four columns fit a terminal."""
+    mantissa, e, exponent = f"{value:.2g}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if e else mantissa
 
 
 def _absolute(estimate: Estimate) -> str:
@@ -204,9 +212,9 @@ _ROWS = (
     ("should train?", lambda line: "yes" if line.predicted.trainable else "no"),
     ("q at last layer", lambda line: _plain(line.predicted.q[-1])),
     ("  measured", lambda line: _absolute(line.measured.q.at(-1))),
-    ("grad first/last", lambda line: f"{line.predicted.gradient[0]:.1e}"),
+    ("grad first/last", lambda line: _short(line.predicted.gradient[0])),
     ("   measured", lambda line: _power(line.measured.log10_gradient.at(0))),
-    ("NTK condition", lambda line: f"{line.predicted.ntk_condition_number:.1e}"),
+    ("NTK condition", lambda line: _short(line.predicted.ntk_condition_number)),
     ("    measured", lambda line: _power(line.measured.log10_ntk_condition_number)),
 )
 _LAST_OF_SECTION = ("should train?", "    measured")

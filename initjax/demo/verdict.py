@@ -31,6 +31,8 @@ class Outcome(NamedTuple):
     best_accuracy : the largest mean over all learning rates tried.
     gradient_ratio : predicted gradient second moment at the first layer over that at the last.
     measured_log10_gradient_ratio : its decimal logarithm at finite width, over seeds.
+    condition_number : predicted condition number of the tangent kernel.
+    measured_log10_condition_number : its decimal logarithm at finite width, over seeds.
     """
 
     name: str
@@ -39,6 +41,8 @@ class Outcome(NamedTuple):
     best_accuracy: float
     gradient_ratio: float
     measured_log10_gradient_ratio: Estimate
+    condition_number: float
+    measured_log10_condition_number: Estimate
 
 
 def is_trainable(depth: int, xi_grad: float, xi_c: float) -> bool:
@@ -84,7 +88,8 @@ def verdict(outcomes: Sequence[Outcome], *, depth: int, steps: int, chance: floa
         told += f"{len(outcomes) - len(wrong)} of {len(outcomes)} and DISAGREE on {names}"
     else:
         told += f"all {len(outcomes)}"
-    return f"{predicted}; {happened}, {told}{_at_other_rates(outcomes, chance)}; {_gradients(outcomes)}."
+    told += _at_other_rates(outcomes, chance)
+    return f"{predicted}; {happened}, {told}; {_gradients(outcomes)}; {_kernels(outcomes)}."
 
 
 def _names(outcomes: Sequence[Outcome], trainable: bool) -> str:
@@ -108,16 +113,28 @@ def _at_other_rates(outcomes: Sequence[Outcome], chance: float) -> str:
 
 def _gradients(outcomes: Sequence[Outcome]) -> str:
     """How far the measured gradient ratios lie from the predicted ones, as the worst factor."""
-    gaps = {
-        one.name: abs(one.measured_log10_gradient_ratio.mean - math.log10(one.gradient_ratio))
-        if one.gradient_ratio > 0
-        else math.inf
-        for one in outcomes
-    }
+    predicted = [one.gradient_ratio for one in outcomes]
+    spread = max(predicted) / min(predicted) if min(predicted) > 0 else math.inf
+    gaps = {one.name: _gap(one.gradient_ratio, one.measured_log10_gradient_ratio) for one in outcomes}
+    return f"first-to-last gradient ratios span a factor {spread:.0e} and were predicted {_worst(gaps)}"
+
+
+def _kernels(outcomes: Sequence[Outcome]) -> str:
+    """The same for condition numbers, and whether they come in the predicted order."""
+    gaps = {one.name: _gap(one.condition_number, one.measured_log10_condition_number) for one in outcomes}
+    predicted = sorted(outcomes, key=lambda one: one.condition_number)
+    measured = sorted(outcomes, key=lambda one: one.measured_log10_condition_number.mean)
+    order = "come in the predicted order" if predicted == measured else "do NOT come in the predicted order"
+    return f"NTK condition numbers {order}, {_worst(gaps)} of their values at infinite width"
+
+
+def _gap(predicted: float, measured: Estimate) -> float:
+    """Distance in decades; infinite where one side is zero or infinite."""
+    if not 0 < predicted < math.inf:
+        return 0.0 if measured.mean == math.inf == predicted else math.inf
+    return abs(measured.mean - math.log10(predicted))
+
+
+def _worst(gaps: dict[str, float]) -> str:
     name = max(gaps, key=lambda key: gaps[key])
-    spread = max(outcomes, key=lambda one: one.gradient_ratio).gradient_ratio
-    spread /= min(outcomes, key=lambda one: one.gradient_ratio).gradient_ratio or math.nan
-    return (
-        f"first-to-last gradient ratios, which differ by a factor {spread:.0e} among them, "
-        f"were predicted within a factor {10 ** gaps[name]:.2g} (worst: {name})"
-    )
+    return f"within a factor {10 ** gaps[name]:.2g} (worst: {name})"
