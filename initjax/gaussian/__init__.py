@@ -9,6 +9,7 @@ from initjax.gaussian.api import mean as mean
 from initjax.gaussian.api import moment as moment
 from initjax.gaussian.api import moment_prime as moment_prime
 from initjax.gaussian.dual import cross as cross
+from initjax.gaussian.dual import pair as pair
 from initjax.gaussian.expect import expect as expect
 from initjax.gaussian.series import hermite as hermite
 

@@ -8,7 +8,7 @@
 """
 
 import functools
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,6 @@ from initjax.gaussian.kinks import find_kinks
 from initjax.gaussian.nodes import ORDER, legendre, legendre_transform
 from initjax.trace.jaxpr import float64, is_traced
 
-Callback = Callable[..., jax.Array]
 _SIZES = (256, 4096, 65536, 524288)  # batch sizes that are compiled; everything is padded to one of them
 _MAX_CELLS = 20_000  # cells of one activation; reached only by fast oscillation at large q
 _NAN_FREE = 30.0  # an activation must be finite at least on [-30, 30]
@@ -52,7 +51,7 @@ class Activation:
     (-1.0, 1.0)
     """
 
-    def __init__(self, fn: Callback, kinks: tuple[float, ...] | None = None):
+    def __init__(self, fn: Any, kinks: tuple[float, ...] | None = None):
         if isinstance(fn, Activation):
             fn, kinks = fn.fn, tuple(fn._declared) + tuple(kinks or ())
         if not callable(fn):
@@ -70,7 +69,7 @@ class Activation:
                 "a kink is a point of the real line at which the quadrature is split.",
                 "declare only finite kinks, or leave kinks=None to have them found.",
             )
-        self.fn = fn
+        self.fn: Any = fn
         self._declared = declared
         self.name = getattr(fn, "__name__", None) or type(fn).__name__
         _check_elementwise(fn, self.name)
@@ -229,7 +228,7 @@ class Activation:
             )
 
 
-def derived(parent: Activation, fn: Callback, suffix: str) -> Activation:
+def derived(parent: Activation, fn: Any, suffix: str) -> Activation:
     """A function with the kinks of its parent."""
     child = Activation.__new__(Activation)
     child.fn, child.name = fn, parent.name + suffix

@@ -5,8 +5,6 @@ correlation c. Concrete input gives NumPy float64 whatever the x64 flag; traced 
 differentiable in q, q1, q2 and c, and works under jit and vmap.
 """
 
-from typing import Literal
-
 import jax.numpy as jnp
 import numpy as np
 
@@ -166,7 +164,7 @@ def dual_prime(phi, q1, q2, c):
     return pair(act.prime, act.prime, q1, q2, c)
 
 
-def gain(phi, kind: Literal["forward", "chi", "centered"] = "forward", q=1.0):
+def gain(phi, kind: str = "forward", q=1.0):
     """The factor on unit-variance fan-in weights that makes phi keep a quantity.
 
     Parameters

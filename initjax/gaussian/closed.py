@@ -1,7 +1,7 @@
 """Closed forms of E[f(u) g(v)] for Gaussian (u, v), chosen by what f *does*, not by what it is called.
 
 `recognise(f)` evaluates f at some points, solves for the parameters of each family and accepts a family only if it
-reproduces f everywhere to 12 digits. `0.2 * jnp.maximum(x, 0)`, `jax.nn.relu` and a user's `jnp.where` are then the same
+reproduces f everywhere to 12 digits. `0.2 * jnp.maximum(x, 0)`, `jax.nn.relu` and a user's `jnp.where` are then one
 function, and so are the derivatives that automatic differentiation makes of them.
 
 A family member is a pair (family, parameters). `FORMS[family](xp, p, r, q1, q2, c, s)` gives E[f(u) g(v)] for two

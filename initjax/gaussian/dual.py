@@ -1,11 +1,12 @@
 r"""Duals: E[f(u) g(v)] for arrays of Gaussian pairs, each by the cheapest exact route.
 
-Concrete arrays (float64, NumPy), in this order: closed form by fingerprint; |c| = 1 by the one-dimensional rule; Mehler's
-series where its cut terms have died out (one row of coefficients a distinct variance, then Horner over the matrix); for
-what is left, near |c| = 1 of a kinked function, a table in theta where many correlations share one pair of variances, or
-nested quadrature entry by entry.
-Traced arrays: closed form, else nested quadrature. Differentiable by Price's theorem, d/dk E[f(u) g(v)] = E[f'(u) g'(v)],
-with the delta terms of jumps, so that derivatives are right at c = +-1, at kinks and for q -> 0.
+Concrete arrays (float64, NumPy), in this order: closed form by fingerprint; |c| = 1 by the one-dimensional rule;
+Mehler's series where its cut terms have died out (one row of coefficients a distinct variance, then Horner over the
+matrix); for what is left, near |c| = 1 of a kinked function, a table in theta where many correlations share one pair of
+variances, or nested quadrature entry by entry.
+Traced arrays: closed form, else nested quadrature. Differentiable by Price's theorem,
+d/dk E[f(u) g(v)] = E[f'(u) g'(v)], with the delta terms of jumps, so that derivatives are right at c = +-1, at kinks
+and for q -> 0.
 
 Sources: Price 1958; Daniely, Frostig, Singer 2016 (arXiv:1602.05897).
 """

@@ -75,10 +75,10 @@ def host_rule(act: Activation, functional, q: np.ndarray, outputs: int, mean: np
     start = 0
     while start < flat.size:
         # neighbours in q share their cells; a chunk spans at most two decades, so that few empty panels are carried
-        q_low = max(flat[order[start]], _SMALLEST_Q)
+        q_low = max(float(flat[order[start]]), _SMALLEST_Q)
         stop = int(np.searchsorted(flat[order], 100 * q_low, side="right"))
         stop = max(stop, start + 1)
-        nodes = _panels_per_q(act, max(flat[order[stop - 1]], 1e-8)) * ORDER
+        nodes = _panels_per_q(act, max(float(flat[order[stop - 1]]), 1e-8)) * ORDER
         stop = min(stop, start + max(1, _CHUNK // nodes))
         part = order[start:stop]
         result[:, part] = _checked(act, functional, shift[part], flat[part])
@@ -99,9 +99,9 @@ def _checked(act, functional, mean, q):
     if np.any(~np.isfinite(value)) or np.any(error > TOLERANCE) or np.any(lost > 1e-12):
         bad = ~np.isfinite(value).all(axis=0) | (lost > 1e-12).any(axis=0)
         at = float(q[bad][0] if bad.any() else q[few][np.argmax(error.max(axis=0))])
+        worst = max(float(np.max(np.nan_to_num(e, nan=np.inf), initial=0.0)) for e in (error, lost))
         raise QuadratureError(
-            f"E[f(sqrt(q) z)] for f = {act.name} at q = {at:.6g}: estimated relative error "
-            f"{max(float(np.max(np.nan_to_num(error, nan=np.inf), initial=0)), float(np.max(np.nan_to_num(lost, nan=np.inf)))):.1e}.",
+            f"E[f(sqrt(q) z)] for f = {act.name} at q = {at:.6g}: estimated relative error {worst:.1e}.",
             f"expectations that exist and are resolved to {TOLERANCE:g}.",
             "the function grows, oscillates or jumps faster than the quadrature follows at this q, or overflows.",
             "use a smaller q, declare kinks with ij.Activation(fn, kinks=...), or a numerically stable form.",

@@ -1,11 +1,11 @@
 """Mean-field theory of depth: variance and correlation maps, phases, criticality."""
 
+from initjax.meanfield.criticality import critical as critical
+from initjax.meanfield.criticality import critical_points as critical_points
+from initjax.meanfield.diagram import PhaseDiagram as PhaseDiagram
+from initjax.meanfield.diagram import phase_diagram as phase_diagram
 from initjax.meanfield.fixed import fixed_point as fixed_point
 from initjax.meanfield.results import CriticalPoint as CriticalPoint
 from initjax.meanfield.results import FixedPoint as FixedPoint
 from initjax.meanfield.results import Trajectory as Trajectory
-from initjax.meanfield.criticality import critical as critical
-from initjax.meanfield.criticality import critical_points as critical_points
 from initjax.meanfield.trajectory import propagate as propagate
-from initjax.meanfield.diagram import PhaseDiagram as PhaseDiagram
-from initjax.meanfield.diagram import phase_diagram as phase_diagram

@@ -82,11 +82,11 @@ def chaotic_correlations(act: Activation, q, moment, variance_w, variance_b) -> 
     x = np.log(q)
     index = np.floor(x / _Q_CELL).astype(int)
     theta, chi_c = np.empty(q.size), np.empty(q.size)
-    for i in np.unique(index):
+    for i in np.unique(index).tolist():
         here = np.flatnonzero(index == i)
         cell = cells.get(i)
         if cell is None:
-            cell = cells[i] = Cell(act, int(i))
+            cell = cells[i] = Cell(act, i)
         if cell.tail > _RESOLVED:
             for j in here:
                 delta, chi_c[j] = attracting_correlation(act, q[j], moment[j], variance_w[j], variance_b[j])

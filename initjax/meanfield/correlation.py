@@ -35,7 +35,7 @@ def width_function(act: Activation, q: float, moment: float):
         # the cut terms may be taken as c^k = 0 from here on
         series_from = -np.expm1(np.log(1e-13 * found.square / found.tail) / len(found.a))
     else:
-        by_series, series_from = None, np.inf
+        by_series, series_from = (lambda delta: delta), np.inf  # never reached
 
     nodes, weights = legendre(_FEW)
     root_t = (nodes + 1) / 2  # t = s^2 removes the square root that a kink leaves at c = 1

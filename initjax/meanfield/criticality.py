@@ -6,8 +6,8 @@ so the line is read off as a curve, and a given sigma_b^2 is looked up on it: al
 Near q = 0, f is a difference of nearly equal numbers; there q D - M = sum_k (k - 1) a_k^2 in Hermite coefficients keeps
 its digits.
 
-Sources: Poole et al. 2016 (arXiv:1606.05340); Roberts, Yaida, Hanin 2021 (arXiv:2106.10165), chapter 5, for the classes;
-Hayou, Doucet, Rousseau 2019 (arXiv:1902.06853) for the edge of chaos.
+Sources: Poole et al. 2016 (arXiv:1606.05340); Roberts, Yaida, Hanin 2021 (arXiv:2106.10165), chapter 5, for the
+classes; Hayou, Doucet, Rousseau 2019 (arXiv:1902.06853) for the edge of chaos.
 """
 
 import functools
@@ -20,7 +20,6 @@ import numpy as np
 
 from initjax.errors import NoCriticalPointError, UnstableCriticalPointWarning
 from initjax.gaussian.activation import Activation, as_activation
-from initjax.gaussian.expect import scalar
 from initjax.gaussian.series import coefficients
 from initjax.meanfield.fixed import check_sigma
 from initjax.meanfield.results import CriticalPoint
@@ -165,8 +164,8 @@ def _refusal(act: Activation, sigma_b: float) -> NoCriticalPointError:
     if slopes is not None:
         half = (slopes[0] ** 2 + slopes[1] ** 2) / 2
         why = (
-            f"for a positively homogeneous activation chi_1 = {half:.6g} sigma_w^2 does not depend on q, and at chi_1 = 1 "
-            f"the variance grows by sigma_b^2 = {sigma_b**2:.3g} in every layer, so no fixed point exists."
+            f"for a positively homogeneous activation chi_1 = {half:.6g} sigma_w^2 does not depend on q, and at "
+            f"chi_1 = 1 the variance grows by sigma_b^2 = {sigma_b**2:.3g} in every layer, so no fixed point exists."
         )
         remedy = (
             f"sigma_b = 0, where every q is fixed at sigma_w = {1 / np.sqrt(half):.6g}." if half else "another phi."
@@ -305,20 +304,20 @@ def critical(phi, sigma_b=0.0) -> CriticalPoint:
     if repelling:
         p = repelling[0]
         warnings.warn(
-            f"{act.name} at sigma_b = {p.sigma_b:g} has chi_1 = 1 only at q = {p.q:.6g}, where chi_q = {p.chi_q:.6g}: the "
-            "variance map leaves this point, so a deep network will not stay there. A larger sigma_b may have a stable "
-            "one; see ij.critical_points.",
+            f"{act.name} at sigma_b = {p.sigma_b:g} has chi_1 = 1 only at q = {p.q:.6g}, where chi_q = {p.chi_q:.6g}: "
+            "the variance map leaves this point, so a deep network will not stay there. A larger sigma_b may have a "
+            "stable one; see ij.critical_points.",
             UnstableCriticalPointWarning,
             stacklevel=2,
         )
-    if b.ndim == 0:
+    if b.ndim == 0 and found[0] is not None:
         return found[0]
     nan = np.nan
     missing = CriticalPoint(nan, nan, nan, nan, False, "none")
     rows = [missing if p is None else p for p in found]
-    gather = lambda name, dtype=float: np.array([getattr(r, name) for r in rows], dtype).reshape(b.shape)  # noqa: E731
+    gather = lambda name, dtype="float": np.array([getattr(r, name) for r in rows], dtype).reshape(b.shape)  # noqa: E731
     return CriticalPoint(
-        gather("sigma_w"), b.copy(), gather("q"), gather("chi_q"), gather("stable", bool), gather("kind", "<U15")
+        gather("sigma_w"), b.copy(), gather("q"), gather("chi_q"), gather("stable", "bool"), gather("kind", "<U15")
     )
 
 
@@ -360,7 +359,7 @@ def _many(act: Activation, sigma_b: np.ndarray) -> list[list[CriticalPoint]]:
     return out
 
 
-# -- traced sigma_b -----------------------------------------------------------------------------------------------------
+# -- traced sigma_b --------------------------------------------------------------------------------------------------
 
 
 def _traced(act: Activation, sigma_b: jax.Array) -> CriticalPoint:

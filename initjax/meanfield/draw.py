@@ -52,7 +52,9 @@ def draw_diagram(diagram, ax=None):
         xlim=(diagram.sigma_w.min(), diagram.sigma_w.max()),
         ylim=(diagram.sigma_b.min(), diagram.sigma_b.max()),
     )
-    handles = [Patch(color=PHASE_COLOURS[n], label=n) for n in names if n != "critical" and (diagram.phase == n).any()]
+    handles: list = [
+        Patch(color=PHASE_COLOURS[n], label=n) for n in names if n != "critical" and (diagram.phase == n).any()
+    ]
     handles.append(Line2D([], [], color="black", lw=2, label=r"critical line $\chi_1=1$"))
     if (~steady & np.isfinite(line[:, 0])).any():
         handles.append(Line2D([], [], color="black", lw=2, ls="--", label="critical, unstable"))

@@ -5,18 +5,20 @@ they survive `jax.tree.map`. Under a trace they are None: a tracer has no phase 
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import numpy as np
 
 _TEXT = ("phase", "kind")
+T = TypeVar("T")
 
 
-def result(cls):
+@dataclass_transform(frozen_default=True)
+def result(cls: type[T]) -> type[T]:
     """Frozen dataclass, pytree with numeric leaves and textual metadata, readable repr."""
     cls = dataclasses.dataclass(frozen=True, repr=False)(cls)
-    names = [f.name for f in dataclasses.fields(cls)]
+    names = [f.name for f in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
     leaves = [n for n in names if n not in _TEXT]
     texts = [n for n in names if n in _TEXT]
 

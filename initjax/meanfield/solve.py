@@ -1,9 +1,9 @@
 r"""The attractor of the variance map q -> sigma_w^2 M(q) + sigma_b^2, for one or a million (sigma_w, sigma_b).
 
-The map is compared with the diagonal on a fixed grid of log q; the first crossing met from q0, in the direction in which
-the map moves, is the attractor of a monotone map. It is then refined by Newton steps inside its bracket. Written once for
-NumPy and jax.numpy: small batches run in NumPy without compiling, large ones in one jitted function shared by all
-activations (the table is its argument).
+The map is compared with the diagonal on a fixed grid of log q; the first crossing met from q0, in the direction in
+which the map moves, is the attractor of a monotone map. It is then refined by Newton steps inside its bracket. Written
+once for NumPy and jax.numpy: small batches run in NumPy without compiling, large ones in one jitted function shared by
+all activations (the table is its argument).
 """
 
 import functools
@@ -58,7 +58,7 @@ def attractor(xp, table: Table, grid, moments, variance_w, variance_b, q0):
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _jitted(rows, low, width, ends, power, grid, moments, variance_w, variance_b, q0):
-    table = Table(rows, low, width, *ends, power)
+    table = Table(rows, low, width, ends[0], ends[1], power)
 
     def chunk(args):
         return attractor(jnp, table, grid, moments, *args)
@@ -92,7 +92,7 @@ def attractors(table: Table, variance_w: np.ndarray, variance_b: np.ndarray, q0:
     return out.ravel()[: flat[0].size].reshape(shape)
 
 
-_grids: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
+_grids: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
 
 def _grid_moments(key: bytes, table: Table):

@@ -2,8 +2,8 @@ r"""V(q) and its derivatives for one activation, as piecewise polynomials in log
 
 Everything that mean-field theory asks of an activation at equal inputs depends on one number, q:
     M(q) = E[phi^2],  D(q) = E[phi'^2],  r(q) = d log M / d log q = E[u phi phi'] / M.
-They are computed once on Legendre nodes in cells of log q (a few hundred thousand evaluations of phi), to 13 digits, and
-every fixed point, critical point and phase diagram then costs polynomial evaluations, in NumPy or inside jit.
+They are computed once on Legendre nodes in cells of log q (a few hundred thousand evaluations of phi), to 13 digits,
+and every fixed point, critical point and phase diagram then costs polynomial evaluations, in NumPy or inside jit.
 """
 
 import functools
@@ -79,6 +79,7 @@ def raw_moments(act: Activation, q: np.ndarray) -> np.ndarray:
 
 def _closed_moments(act, member, q):
     prime = recognise(act.prime)
+    assert prime is not None  # derivatives of waves and exponentials are waves and exponentials
     one, zero = np.ones_like(q), np.zeros_like(q)
     with np.errstate(over="ignore", invalid="ignore"):
         m = FORMS[member.family](np, member.parameters, member.parameters, q, q, one, zero)
