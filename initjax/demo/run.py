@@ -106,7 +106,8 @@ def run(config: DemoConfig | None = None, progress: Callable[[str, int], Callabl
         advance(1)
 
     advance = progress("Measuring at finite width", len(setups))
-    ntk_fn = empirical.empirical_ntk(setups[0].model(config.depth, config.width))
+    model = setups[0].model(config.depth, config.width)
+    ntk_fn = empirical.empirical_ntk(lambda params, x: model.apply({"params": params}, x))
     measured = []
     for setup in setups:
         measured.append(theory.measure(setup, config.depth, config.width, images, config.draws, measure_key, ntk_fn))

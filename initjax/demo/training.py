@@ -84,7 +84,8 @@ def train(
             return (optax.apply_updates(params, updates), state), loss
 
         (params, state), losses = jax.lax.scan(step, (params, state), (images, labels))
-        accuracy = jnp.mean((jnp.argmax(apply(params, x_test), axis=-1) == y_test).astype(jnp.float32))
+        guess = jnp.argmax(apply(params, x_test), axis=-1).astype(y_test.dtype)
+        accuracy = jnp.mean((guess == y_test).astype(jnp.float32))
         return params, state, losses.mean(), accuracy
 
     rates = np.asarray(learning_rates, np.float32)
