@@ -205,7 +205,8 @@ class Activation:
         tail = np.abs(both @ legendre_transform(ORDER)[:, ORDER - 5 :]).max(axis=2)
         value, slope = np.maximum(self._amplitude, 1e-300)
         position = 2e-15 * np.abs(cells).max(axis=1) * slope / value  # x itself is rounded
-        floor = np.stack([(1e-14 + position) * value, (1e-13 + position) * slope])
+        # second derivatives as JAX writes them (1 - tanh^2 where tanh saturates) carry 1e-13 of rounding
+        floor = np.stack([(1e-14 + position) * value, (1e-12 + position) * slope])
         return np.any(tail > np.array([[1e-13], [1e-12]]) * size + floor, axis=0)
 
     def _check_finite(self) -> None:
