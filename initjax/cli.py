@@ -34,7 +34,8 @@ class _Answers(click.Group):
     ) -> Any:
         arguments = list(sys.argv[1:] if args is None else args)
         try:
-            result = super().main(arguments, prog_name, complete_var, False, windows_expand_args, **extra)
+            options = {"windows_expand_args": windows_expand_args, **extra}
+            result = super().main(arguments, prog_name, complete_var, standalone_mode=False, **options)
         except InputError as error:
             _tell(error, as_json="--json" in arguments)
             code = 2

@@ -227,5 +227,5 @@ def test_every_public_activation_of_jax_nn_is_found_by_name():
 
 
 def test_python_m_initjax_is_the_command_line():
-    run = subprocess.run([sys.executable, "-m", "initjax", "--version"], capture_output=True, text=True)
-    assert run.returncode in (0, 1), run.stderr  # 1: run from a checkout that is not installed
+    run = subprocess.run([sys.executable, "-m", "initjax", "critical", "tanhh"], capture_output=True, text=True)
+    assert run.returncode == 2 and "did you mean tanh" in run.stderr and run.stdout == ""

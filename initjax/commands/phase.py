@@ -108,7 +108,7 @@ def _diagram(activation, phi: str, sigma_w, sigma_b, points: int, as_json: bool,
 
     from initjax import meanfield
 
-    weights, biases = np.linspace(*sigma_w, points), np.linspace(*sigma_b, points)
+    weights, biases = (np.linspace(low, high, points) for low, high in (sigma_w, sigma_b))
     with collected_warnings() as notes:
         diagram = meanfield.phase_diagram(activation, weights, biases)
     phase = np.asarray(diagram.phase)

@@ -79,9 +79,8 @@ def load() -> Digits:
             why="the images are real data that initjax does not ship itself.",
             remedy="pip install 'initjax[data]'",
         ) from None
-    data = load_digits()
-    images = unit_second_moment(np.asarray(data.data, np.float32))
-    labels = np.asarray(data.target, np.int32)
+    images, labels = load_digits(return_X_y=True)
+    images, labels = unit_second_moment(np.asarray(images, np.float32)), np.asarray(labels, np.int32)
     order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
     n_test = int(TEST_FRACTION * len(images))
     test, train = order[:n_test], order[n_test:]
