@@ -297,66 +297,92 @@ def critical(phi, sigma_b=0.0) -> CriticalPoint:
     if is_traced(sigma_b):
         return _traced(act, jnp.asarray(sigma_b))
     b = check_sigma(sigma_b, "sigma_b")
-    found = [_primary(points) for points in _many(act, b.ravel())]
-    if all(p is None for p in found) and found:
-        raise _refusal(act, float(b.ravel()[0]))
-    repelling = [p for p in found if p is not None and not p.stable]
-    if repelling:
-        p = repelling[0]
+    if b.ndim == 0:
+        found = _primary(_points(act, float(b)))
+        if found is None:
+            raise _refusal(act, float(b))
+    else:
+        fields = primary_arrays(act, b.ravel())
+        if b.size and np.all(fields["kind"] == "none"):
+            raise _refusal(act, float(b.ravel()[0]))
+        shaped = {name: value.reshape(b.shape) for name, value in fields.items()}
+        found = CriticalPoint(sigma_b=b.copy(), **shaped)
+    repelling = np.flatnonzero(~np.ravel(found.stable) & np.isfinite(np.ravel(found.q)))
+    if repelling.size:
+        at = repelling[0]
         warnings.warn(
-            f"{act.name} at sigma_b = {p.sigma_b:g} has chi_1 = 1 only at q = {p.q:.6g}, where chi_q = {p.chi_q:.6g}: "
-            "the variance map leaves this point, so a deep network will not stay there. A larger sigma_b may have a "
-            "stable one; see ij.critical_points.",
+            f"{act.name} at sigma_b = {np.ravel(found.sigma_b)[at]:g} has chi_1 = 1 only at "
+            f"q = {np.ravel(found.q)[at]:.6g}, where chi_q = {np.ravel(found.chi_q)[at]:.6g}: the variance map leaves "
+            "this point, so a deep network will not stay there. A larger sigma_b may have a stable one; see "
+            "ij.critical_points.",
             UnstableCriticalPointWarning,
             stacklevel=2,
         )
-    if b.ndim == 0 and found[0] is not None:
-        return found[0]
-    nan = np.nan
-    missing = CriticalPoint(nan, nan, nan, nan, False, "none")
-    rows = [missing if p is None else p for p in found]
-    gather = lambda name, dtype="float": np.array([getattr(r, name) for r in rows], dtype).reshape(b.shape)  # noqa: E731
-    return CriticalPoint(
-        gather("sigma_w"), b.copy(), gather("q"), gather("chi_q"), gather("stable", "bool"), gather("kind", "<U15")
-    )
+    return found
 
 
-def _many(act: Activation, sigma_b: np.ndarray) -> list[list[CriticalPoint]]:
-    """Critical points of many sigma_b: by the table where it is accurate, each on its own otherwise."""
+def primary_arrays(act: Activation, sigma_b: np.ndarray) -> dict[str, np.ndarray]:
+    """The fields of the primary points of a flat array of sigma_b; nan and kind "none" where there is none."""
+    size = sigma_b.size
+    out = {name: np.full(size, np.nan) for name in ("sigma_w", "q", "chi_q")}
+    out["stable"], out["kind"] = np.zeros(size, bool), np.full(size, "none", "<U15")
+    row, q, sigma_w, chi_q, alone = _table_roots(act, sigma_b)
+    stable = np.abs(chi_q) < 1
+    order = np.lexsort((q, ~stable, row))
+    chosen = order[np.unique(row[order], return_index=True)[1]]
+    for name, values in (("sigma_w", sigma_w), ("q", q), ("chi_q", chi_q), ("stable", stable)):
+        out[name][row[chosen]] = values[chosen]
+    out["kind"][row[chosen]] = np.where(np.abs(chi_q[chosen] - 1) < _HALF_STABLE_WITHIN, "half-stable", "regular")
+    for i in alone:
+        point = _primary(_points(act, float(sigma_b[i])))
+        if point is not None:
+            for name in out:
+                out[name][i] = getattr(point, name)
+    return out
+
+
+def _table_roots(act: Activation, sigma_b: np.ndarray):
+    """Roots q > 0 of many sigma_b from the table: (row, q, sigma_w, chi_q), and the rows it leaves to `_points`."""
+    nothing = np.zeros(0)
+    everything = np.arange(sigma_b.size)
     if sigma_b.size < 16 or ramp(act) is not None:
-        return [_points(act, float(b)) for b in sigma_b]
+        return nothing.astype(int), nothing, nothing, nothing, everything
     line, table = critical_line(act), table_of(act)
-    gap = line.f[None, :] - (sigma_b**2)[:, None]
-    with np.errstate(invalid="ignore"):
-        sign = np.where(np.abs(gap) > 4 * line.noise, np.sign(gap), 0.0)
-    out: list[list[CriticalPoint]] = [[] for _ in sigma_b]
-    easy = (sign[:, :-1] * sign[:, 1:] < 0) & np.isfinite(line.f[1:])[None, :]
-    doubtful = (sign[:, line.q >= _SMOOTH_BELOW] == 0).any(axis=1) | (sigma_b == 0)
-    low_root = easy[:, : int(np.searchsorted(line.q, _SMOOTH_BELOW))].any(axis=1)
-    for i in np.flatnonzero(doubtful | low_root):
-        out[i] = _points(act, float(sigma_b[i]))
-    row, column = np.nonzero(easy & ~(doubtful | low_root)[:, None])
-    if row.size:
-        target = sigma_b[row] ** 2
-        x_low, x_high = np.log(line.q[column]), np.log(line.q[column + 1])
-        rising = gap[row, column + 1] > 0
-        x = (x_low + x_high) / 2
-        for _ in range(8):
-            q = np.exp(x)
-            t = table(np, q)
-            f = q - t.m / t.d - target
-            upper = (f > 0) == rising
-            x_low, x_high = np.where(upper, x_low, x), np.where(upper, x, x_high)
-            new = x - f / (q - t.m / t.d * (t.r - t.dlog_d))
-            x = np.where((new >= x_low - 1e-9) & (new <= x_high + 1e-9), new, (x_low + x_high) / 2)
+    order = np.argsort(sigma_b, kind="stable")
+    ranked = sigma_b[order] ** 2
+    known = np.isfinite(line.f)
+    q, f, noise = line.q[known], line.f[known], 4 * line.noise[known]
+    # each interval of the line is crossed by those sigma_b^2 that lie between its two ends: a slice of the ranked array
+    first = np.searchsorted(ranked, np.minimum(f[:-1], f[1:]), side="right")
+    count = np.maximum(np.searchsorted(ranked, np.maximum(f[:-1], f[1:]), side="left") - first, 0)
+    column = np.repeat(np.arange(count.size), count)
+    row = order[np.arange(column.size) - np.repeat(np.cumsum(count) - count, count) + np.repeat(first, count)]
+    # near q = 0 the table loses the digits of f; where a sign is rounding, a root may hide
+    marks = np.zeros(sigma_b.size + 1, int)
+    large = q >= _SMOOTH_BELOW
+    np.add.at(marks, np.searchsorted(ranked, (f - noise)[large], side="left"), 1)
+    np.add.at(marks, np.searchsorted(ranked, (f + noise)[large], side="right"), -1)
+    left = np.empty(sigma_b.size, bool)
+    left[order] = np.cumsum(marks)[:-1] > 0
+    left |= sigma_b == 0
+    left[row[q[column] < _SMOOTH_BELOW]] = True
+    keep = ~left[row]
+    row, column = row[keep], column[keep]
+    x_low, x_high = np.log(q[column]), np.log(q[column + 1])
+    rising = f[column + 1] > f[column]
+    target = sigma_b[row] ** 2
+    x = (x_low + x_high) / 2
+    for _ in range(6):
         q = np.exp(x)
         t = table(np, q)
-        sigma_w, chi_q = 1 / np.sqrt(t.d), t.m * t.r / (q * t.d)
-        for i, w, value, slope in zip(row, sigma_w, q, chi_q, strict=True):
-            half = abs(slope - 1) < _HALF_STABLE_WITHIN
-            kind = "half-stable" if half else "regular"
-            out[i].append(_point(w, sigma_b[i], value, slope, abs(slope) < 1, kind))
-    return out
+        f = q - t.m / t.d - target
+        upper = (f > 0) == rising
+        x_low, x_high = np.where(upper, x_low, x), np.where(upper, x, x_high)
+        new = x - f / (q - t.m / t.d * (t.r - t.dlog_d))
+        x = np.where((new >= x_low - 1e-9) & (new <= x_high + 1e-9), new, (x_low + x_high) / 2)
+    q = np.exp(x)
+    t = table(np, q)
+    return row, q, 1 / np.sqrt(t.d), t.m * t.r / (q * t.d), everything[left]
 
 
 # -- traced sigma_b --------------------------------------------------------------------------------------------------

@@ -5,11 +5,14 @@ import numpy as np
 from initjax.errors import InputError
 from initjax.gaussian.activation import as_activation
 from initjax.gaussian.expect import check_q
-from initjax.meanfield.chaos import chaotic_correlations
-from initjax.meanfield.criticality import _many, _primary
+from initjax.meanfield.chaos import one_by_one
+from initjax.meanfield.criticality import primary_arrays
 from initjax.meanfield.fixed import check_sigma, depth_scale, variance_part, without_attractor
 from initjax.meanfield.results import result
+from initjax.meanfield.sweep import sweep_correlation
 from initjax.trace.jaxpr import is_traced
+
+_TABLE_FROM = 200  # chaotic points from which a table of the correlation map pays
 
 
 @result
@@ -108,8 +111,8 @@ def phase_diagram(phi, sigma_w, sigma_b, q0=1.0) -> PhaseDiagram:
     c, chi_c = np.ones(w.size), np.array(point["chi_1"], copy=True)
     chaotic = (point["phase"] == "chaotic") & (point["q"] > 0)
     if chaotic.any():
-        c[chaotic], chi_c[chaotic] = chaotic_correlations(
-            act, point["q"][chaotic], point["m"][chaotic], w.ravel()[chaotic] ** 2, b.ravel()[chaotic] ** 2
+        c[chaotic], chi_c[chaotic] = _chaotic(
+            act, *(v[chaotic] for v in (point["q"], point["m"], w.ravel(), b.ravel()))
         )
     c, chi_c = without_attractor(point, c, chi_c)
     critical = point["phase"] == "critical"
@@ -130,9 +133,15 @@ def phase_diagram(phi, sigma_w, sigma_b, q0=1.0) -> PhaseDiagram:
     )
 
 
+def _chaotic(act, q, moment, w, b) -> np.ndarray:
+    if q.size >= _TABLE_FROM:
+        found = sweep_correlation(act, q, w * w)
+        if found is not None:
+            return found
+    return one_by_one(act, q, moment, w * w, b * b)
+
+
 def _line(act, sigma_b: np.ndarray) -> np.ndarray:
-    rows = []
-    for b, points in zip(sigma_b, _many(act, sigma_b), strict=True):
-        p = _primary(points)
-        rows.append((np.nan, b, np.nan) if p is None else (p.sigma_w, b, float(p.stable)))
-    return np.array(rows).reshape(-1, 3)
+    fields = primary_arrays(act, sigma_b)
+    stable = np.where(fields["kind"] == "none", np.nan, fields["stable"].astype(float))
+    return np.stack([fields["sigma_w"], sigma_b, stable], axis=1)

@@ -18,6 +18,7 @@ from initjax.meanfield.solve import attractor, attractors, grid_of
 from initjax.meanfield.table import ramp, raw_moments, slope_at_zero, table_of, vanishes_at_zero
 from initjax.trace.jaxpr import is_traced
 
+_SWEEP_FROM = 4096  # points from which one compiled sweep is faster than NumPy
 CRITICAL_WITHIN = 1e-9  # |chi_1 - 1| below this is called critical; chi_1 itself is accurate to about 1e-12
 
 
@@ -104,12 +105,25 @@ def _concrete(act, w, b, q0) -> dict:
     if np.min(table.rows[:, 2, 0]) < 0:  # a falling variance map can throw q past a crossing: follow it first
         for _ in range(200):
             start = np.clip(vw * table(np, start).m + vb, table.q_low, table.q_high)
+    if w.size > _SWEEP_FROM:
+        from initjax.meanfield.sweep import sweep_variance
+
+        q, chi_1, chi_q, m = sweep_variance(act, vw, vb, start)
+        q = np.where((q == 0) & ~dead, vb + vw * table(np, np.array([table.q_low])).m, q)
+        inside = (q > 0) & np.isfinite(q)
+        safe, d = np.where(inside, q, 1.0), chi_1 / np.maximum(vw, 1e-300)
+        return _finish(act, table, vw, vb, dead, q, safe, inside, m, d, chi_q)
     q = attractors(table, vw, vb, start)
-    q = np.where((q == 0) & ~dead, vb + vw * table(np, np.full_like(q, table.q_low)).m, q)
+    q = np.where((q == 0) & ~dead, vb + vw * table(np, np.array([table.q_low])).m, q)
     inside = (q > 0) & np.isfinite(q)
     safe = np.where(inside, q, 1.0)
     t = table(np, safe)
     m, d, chi_q = t.m, t.d, vw * t.m * t.r / safe
+    return _finish(act, table, vw, vb, dead, q, safe, inside, m, d, chi_q)
+
+
+def _finish(act, table, vw, vb, dead, q, safe, inside, m, d, chi_q) -> dict:
+    """Polish where the table's rounding is amplified, fill in q = 0 and q = inf, name the phases."""
     weak = inside & (np.abs(1 - chi_q) < 0.05)
     if weak.any() and weak.sum() <= 20_000:  # the table's 1e-13 is amplified by 1 / (1 - chi_q)
         for _ in range(2):

@@ -15,7 +15,7 @@ import numpy as np
 from initjax.meanfield.table import Table
 from initjax.trace.jaxpr import float64
 
-_PER_CELL = 4
+PER_CELL = 4
 _NEWTON = 7
 _NUMPY_UP_TO = 4096
 _CHUNK = 32768
@@ -24,7 +24,7 @@ _CHUNK = 32768
 def grid_of(table: Table) -> np.ndarray:
     """Values of q between whose neighbours at most one crossing is expected."""
     cells = table.rows.shape[0]
-    return np.exp(table.low + table.width * np.arange(cells * _PER_CELL + 1) / _PER_CELL)
+    return np.exp(table.low + table.width * np.arange(cells * PER_CELL + 1) / PER_CELL)
 
 
 def attractor(xp, table: Table, grid, moments, variance_w, variance_b, q0):
