@@ -1,6 +1,7 @@
 """The package as a whole: what importing it costs, its public names, its boundaries, and the files around it."""
 
 import inspect
+import os
 import pickle
 import re
 import shutil
@@ -144,7 +145,9 @@ def project(tmp_path):
 
 
 def make(project, *arguments):
-    return subprocess.run(["make", *arguments], cwd=project, capture_output=True, text=True)
+    # these tests may themselves run under make, whose settings must not be passed on
+    environment = {name: os.environ[name] for name in ("PATH", "HOME", "PYENV_ROOT") if name in os.environ}
+    return subprocess.run(["make", *arguments], cwd=project, capture_output=True, text=True, env=environment)
 
 
 @pytest.mark.parametrize(("target", "extras"), [("demo", "plots,data"), ("test", "test")])
