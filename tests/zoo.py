@@ -149,11 +149,50 @@ class ChannelMax(nn.Module):
 
 
 class Gated(nn.Module):
-    """A gate: the product of functions of two Gaussians."""
+    """A gate (SwiGLU): the product of functions of two independent Gaussians."""
+
+    width: int = 128
 
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(1)(nn.silu(nn.Dense(64)(x)) * nn.Dense(64)(x))
+        gate, value = nn.Dense(self.width, name="gate")(x), nn.Dense(self.width, name="value")(x)
+        return nn.Dense(1)(nn.silu(gate) * value)
+
+
+class Normed(nn.Module):
+    """A Dense layer, an activation, a norm, a readout."""
+
+    norm: object = nn.LayerNorm
+    width: int = 128
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(1)(self.norm()(nn.relu(nn.Dense(self.width, kernel_init=he, bias_init=small)(x))))
+
+
+class PreNormBlock(nn.Module):
+    """A residual stream with pre-normed gated blocks, as in today's language models (without attention)."""
+
+    norm: object = nn.RMSNorm
+    width: int = 128
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(self.width)(x)
+        for _ in range(2):
+            h = self.norm()(x)
+            h = nn.silu(nn.Dense(2 * self.width, use_bias=False)(h)) * nn.Dense(2 * self.width, use_bias=False)(h)
+            x = x + nn.Dense(self.width)(h)
+        return nn.Dense(1)(self.norm()(x))
+
+
+class DependentGate(nn.Module):
+    """A gate whose two sides share a Gaussian."""
+
+    @nn.compact
+    def __call__(self, x):
+        u, v = nn.Dense(64)(x), nn.Dense(64)(x)
+        return nn.Dense(1)(nn.silu(u) * (u + v))
 
 
 class PostActivationResNet(nn.Module):
@@ -235,7 +274,7 @@ REFUSED = {
     TokenMixing: "token mixing",
     FixedMatrix: "fixed matrix",
     ChannelMax: "maximum",
-    Gated: "several different random fields",
+    DependentGate: "several different random fields",
     PostActivationResNet: "several different random fields",
     UniformBias: "not Gaussian",
     OffsetWeights: "mean",

@@ -15,9 +15,10 @@ import numpy as np
 
 from initjax.errors import InputError, UnsupportedLayerError
 from initjax.infinite.arrays import xp_of
-from initjax.infinite.moments import Moments, reachable
+from initjax.infinite.moments import Moments
 from initjax.trace.domain import Base, Tangent
 from initjax.trace.flax import Functional, as_functional, cannot_call, check_array
+from initjax.trace.graph import reachable
 from initjax.trace.initstats import LeafStats
 from initjax.trace.jaxpr import is_traced
 from initjax.trace.program import Program, read_model, trace_program
@@ -135,7 +136,7 @@ class KernelFunction:
                 raise
             except Exception as error:
                 raise cannot_call(self._model, x, {}, error) from error
-        return Walk(self._programs[key]).run(leaves)
+        return Walk(self._programs[key], Moments(self.weights, True).expectation).run(leaves)
 
     def _compute(self, first: Walked, second: Walked | None = None) -> Kernel:
         same = second is None

@@ -33,8 +33,9 @@ from initjax.infinite.arrays import (
     sum_matching,
     take_diagonal,
 )
-from initjax.trace.domain import Atom, Base, Ew, Lin, Sum, Tangent, extents, is_zero
+from initjax.trace.domain import Atom, Base, Ew, Lin, Product, Sum, Tangent, extents, is_zero
 from initjax.trace.expr import VARIABLE, Expr
+from initjax.trace.graph import pairing, parts_of, reachable, related, sources
 from initjax.trace.initstats import LeafStats
 from initjax.trace.walk import INPUTS
 
@@ -69,16 +70,31 @@ class Moments:
         aligned = [type(a) for a in ours] == [type(b) for b in theirs]
         for a, b in zip(ours, theirs, strict=True) if aligned else ():
             for atom in (a,) if a is b else (a, b):
+                if isinstance(atom, Product):
+                    continue
                 if not atom.tangent:
                     self.atoms_diagonal(atom, atom)
                 elif not _carries(atom):
                     self.dot_atoms(atom, atom, "diagonal")
+            if isinstance(a, Product):
+                continue
             if not a.tangent:
                 self.atoms(a, b)
             elif not _carries(a):
                 self.dot_atoms(a, b, "leaves")
             for key in self._due.pop(a.number, ()):
                 self._memo.pop(key, None)
+
+    def prepare(self, body) -> None:
+        """Same-example moments of everything behind a body, oldest first, which keeps the recursion shallow."""
+        for atom in reachable([body]):
+            if not atom.tangent and not isinstance(atom, Product):
+                self.atoms_diagonal(atom, atom)
+
+    def expectation(self, body: Sum):
+        """E[body] at every position; None where zero by structure."""
+        self.prepare(body)
+        return self.mean_of(body)
 
     def _set_lifetimes(self, bodies: list, atoms: list[Atom]) -> None:
         for atom in atoms:
@@ -171,16 +187,24 @@ class Moments:
         if isinstance(b, Lin):
             inner = self.pair(self._single(a), b.source)
             return None if inner is None else b.map.apply(inner, b.source.axes, len(a.axes))
+        if isinstance(a, Product) or isinstance(b, Product):
+            return self._products(a, b, diagonal=False)
         if isinstance(a, Base) and isinstance(b, Base):
             return self._bases(a, b)
         return self._functions(a, b)
 
     def _atoms_diagonal(self, a: Atom, b: Atom):
+        for one, other in ((a, b), (b, a)):
+            if isinstance(one, Lin) and one.map.kind == "scale":
+                inner = self.diagonal(one.source, self._single(other))
+                return None if inner is None else one.map.apply(inner, one.source.axes)
         if isinstance(a, Lin) or isinstance(b, Lin):
             if isinstance(a, Lin) and isinstance(b, Lin) and a.map == b.map and a.map.kind != "sum":
                 inner = self.diagonal(a.source, b.source)
                 return None if inner is None else a.map.apply(inner, a.source.axes)
             return take_diagonal(self.atoms(a, b), len(a.axes))
+        if isinstance(a, Product) or isinstance(b, Product):
+            return self._products(a, b, diagonal=True)
         if isinstance(a, Base) and isinstance(b, Base):
             return self._bases_diagonal(a, b)
         u, f = self._leaf(a)
@@ -200,6 +224,26 @@ class Moments:
             value = put_diagonal(value, exact, rank_a)
         return value
 
+    def _products(self, a: Atom, b: Atom, diagonal: bool):
+        """E[l r l' r'] of products of independent factors: factor by factor."""
+        ours, theirs = ([x.left, x.right] if isinstance(x, Product) else [self._single(x)] for x in (a, b))
+        partners = pairing(ours, theirs)
+        assert partners is not None, "the walk has refused products that do not factorise"
+        total = Total()
+        factors = []
+        for i, j in partners:
+            if i is not None and j is not None:
+                factors.append(self.diagonal(ours[i], theirs[j]) if diagonal else self.pair(ours[i], theirs[j]))
+            elif i is not None:
+                mean = self.mean_of(ours[i])
+                factors.append(mean if diagonal else before(mean, len(b.axes)))
+            else:
+                assert j is not None
+                mean = self.mean_of(theirs[j])
+                factors.append(mean if diagonal else after(mean, len(a.axes)))
+        total.add(*factors)
+        return total.full(extents(a.axes) if diagonal else extents(a.axes) + extents(b.axes))
+
     def mean(self, a: Atom) -> Array | None:
         """E[a(p)], of rank len(a.axes); None where zero by structure."""
         if isinstance(a, Base):
@@ -207,6 +251,8 @@ class Moments:
         if isinstance(a, Lin):
             inner = self.mean_of(a.source)
             return None if inner is None else a.map.apply(inner, a.source.axes)
+        if isinstance(a, Product):
+            return self.diagonal(a.left, a.right)
         assert isinstance(a, Ew)
         return self._remember("mean", a, a, lambda a, _: self._mean(a))
 
@@ -226,7 +272,7 @@ class Moments:
 
     def _bases(self, a: Base, b: Base):
         """Primal bases: independent unless they share the weights."""
-        if not _related(a, b):
+        if not related(a, b):
             return None
         variance = self.leaves[a.view.leaf].variance
         if a.kind == "vector":
@@ -235,7 +281,7 @@ class Moments:
         return None if contracted is None else scale(contracted, variance * _channels(a))
 
     def _bases_diagonal(self, a: Base, b: Base):
-        if not _related(a, b):
+        if not related(a, b):
             return None
         variance = self.leaves[a.view.leaf].variance
         if a.kind == "vector":
@@ -338,7 +384,7 @@ class Moments:
         if isinstance(a, Lin) or isinstance(b, Lin):
             return self._dot_maps(a, b, mode)
         assert isinstance(a, Base) and isinstance(b, Base)
-        if not _related(a, b):
+        if not related(a, b):
             return {}
         if not a.view.tangent:
             factor = self.leaves[a.view.leaf].variance * _channels(a)
@@ -361,6 +407,10 @@ class Moments:
     def _dot_maps(self, a: Atom, b: Atom, mode: str) -> Leaves:
         """Linear maps over positions, of Gaussian tangents or (both sides, in `_tangents`) of any."""
         if mode == "diagonal":
+            for one, other in ((a, b), (b, a)):
+                if isinstance(one, Lin) and one.map.kind == "scale":
+                    inner = self.tangents(self._as_tangent(one.source), self._as_tangent(self._single(other)), mode)
+                    return {leaf: one.map.apply(value, one.source.axes) for leaf, value in inner.items()}
             if isinstance(a, Lin) and isinstance(b, Lin) and a.map == b.map and a.map.kind != "sum":
                 inner = self.tangents(self._as_tangent(a.source), self._as_tangent(b.source), mode)
                 return {leaf: a.map.apply(value, a.source.axes) for leaf, value in inner.items()}
@@ -379,45 +429,7 @@ def _carries(atom: Atom) -> bool:
     return isinstance(atom, Lin) and isinstance(atom.source, Tangent)
 
 
-def _related(a: Base, b: Base) -> bool:
-    """Whether two bases share weights: the walk has made sure that views of one leaf are equal or disjoint."""
-    u, v = a.view, b.view
-    return (u.leaf, u.tangent, a.kind) == (v.leaf, v.tangent, b.kind) and (a.kind == "vector" or u.offset == v.offset)
-
-
 def _channels(a: Base) -> int:
     """How many channels a contraction sums over."""
     sizes = [a.operand.axes[i].size for i in a.contracted if a.operand.axes[i].channel]
     return math.prod(sizes)
-
-
-def parts_of(body) -> list:
-    """A body and everything that stands directly in it."""
-    if isinstance(body, Sum):
-        return [body, *(atom for atom, _ in body.terms)]
-    things: list[Any] = [body]
-    for c, g in body.parts:
-        things += parts_of(g) + (parts_of(c) if c is not None else [])
-    return things
-
-
-def sources(atom: Atom) -> list:
-    """The bodies an atom is made of."""
-    if isinstance(atom, Base):
-        return [] if atom.operand is None else [atom.operand]
-    if isinstance(atom, Ew):
-        return [atom.leaf]
-    assert isinstance(atom, Lin)
-    return [atom.source]
-
-
-def reachable(bodies: list) -> list[Atom]:
-    """Every atom behind the bodies, oldest first."""
-    found: dict[int, Atom] = {}
-    stack = list(bodies)
-    while stack:
-        for thing in parts_of(stack.pop()):
-            if isinstance(thing, Atom) and thing.number not in found:
-                found[thing.number] = thing
-                stack += sources(thing)
-    return [found[number] for number in sorted(found)]

@@ -59,16 +59,19 @@ class Const:
 class Relayout(NamedTuple):
     """A linear map on the positions of a field, applied to numerical arrays.
 
-    kind : "reshape", "transpose", "broadcast", "index" commute with elementwise functions; "sum" does not.
-    parameters : hashable; target axes for reshape and broadcast, permutation, slices, or the summed axes.
+    kind : "reshape", "transpose", "broadcast", "index" commute with elementwise functions; "sum" and "scale" do not.
+    parameters : hashable; target axes for reshape and broadcast, permutation, slices, the summed axes, or a `Box` with
+        the factor at every position.
     """
 
-    kind: Literal["reshape", "transpose", "broadcast", "index", "sum"]
+    kind: Literal["reshape", "transpose", "broadcast", "index", "sum", "scale"]
     parameters: tuple
 
     def axes(self, axes: Axes) -> Axes:
         if self.kind in ("reshape", "broadcast"):
             return self.parameters
+        if self.kind == "scale":
+            return axes
         if self.kind == "transpose":
             return tuple(axes[p] for p in self.parameters)
         if self.kind == "sum":
@@ -92,6 +95,9 @@ class Relayout(NamedTuple):
             )
         if self.kind == "sum":
             return array.sum(axis=tuple(offset + p for p in self.parameters))
+        if self.kind == "scale":
+            factor = self.parameters[0].value
+            return array * factor.reshape((1,) * offset + np.shape(factor) + (1,) * len(tail))
         pick = tuple(
             slice(None) if axis.channel else slice(*s) for axis, s in zip(source, self.parameters, strict=True)
         )
@@ -159,6 +165,25 @@ class Lin(Atom):
     source: Any
     gaussian: bool
     tangent: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Product(Atom):
+    """The product of two primal fields that are not functions of one Gaussian."""
+
+    number: int
+    axes: Axes
+    left: "Sum"
+    right: "Sum"
+    gaussian: bool = False
+    tangent: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Box:
+    """An array as part of a hashable key: equal to itself alone."""
+
+    value: Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -253,7 +278,7 @@ class Arena:
 
     def leaf_of(self, gaussian: Sum) -> tuple[Sum, float]:
         """The canonical leaf (first coefficient 1, no constant) of which a Gaussian sum is a multiple."""
-        first = gaussian.terms[0][1]
+        first = gaussian.terms[0][1] if gaussian.terms else 1.0
         if isinstance(first, float) and first != 1.0:
             terms = [(atom, 1.0 if c is first else c / first) for atom, c in gaussian.terms]
             return self.sum(gaussian.axes, terms), first
@@ -316,6 +341,17 @@ class Arena:
 
     # ------------------------------------------------------------------ linear maps over positions
 
+    def scaled(self, body: Sum, factor) -> Sum:
+        """factor * body; a factor that varies over positions makes a new atom, so that coefficients stay numbers."""
+        if isinstance(factor, float) or not body.terms:
+            terms = [(atom, c * factor) for atom, c in body.terms]
+            return self.sum(body.axes, terms, body.constant * factor)
+        random = self.sum(body.axes, body.terms)
+        step = Relayout("scale", (Box(factor),))
+        tangent = any(atom.tangent for atom, _ in body.terms)
+        atom = self._lin(step, random, body.axes, body.gaussian, tangent)
+        return self.sum(body.axes, [(atom, 1.0)], body.constant * factor)
+
     def relayout(self, body: Sum | Tangent, step: Relayout) -> Any:
         """Apply a linear map over positions to a Sum or Tangent."""
         axes = step.axes(body.axes)
@@ -342,6 +378,45 @@ class Arena:
             constant = self._moved_array(constant, body.axes, step)
         return self.sum(axes, terms, constant)
 
+    def rechannelled(self, body, axes: Axes) -> Any:
+        """A field of weights alone, whose features stood as positions, with channels as in `axes`; else None."""
+        if isinstance(body, Tangent):
+            parts = [(c, self.rechannelled(g, axes)) for c, g in body.parts]
+            if any(c is not None or g is None for c, g in parts):
+                return None
+            return Tangent(axes, tuple(parts))
+        if not is_zero(body.constant):
+            return None
+        terms = [(self._rechannelled_atom(atom, axes), c) for atom, c in body.terms]
+        if any(atom is None or not isinstance(c, float) for atom, c in terms):
+            return None
+        return self.sum(axes, terms)
+
+    def _rechannelled_atom(self, atom: Atom, axes: Axes) -> Atom | None:
+        inner = tuple(Axis(a.size, b.channel and a.size == b.size) for a, b in zip(atom.axes, axes, strict=True))
+        if isinstance(atom, Base) and atom.kind == "vector":
+            key = ("vector", atom.view, inner)
+            fields = (atom.kind, atom.view, None, (), atom.layer, atom.gaussian, atom.tangent)
+            return self.atom(Base, key, inner, *fields)
+        if not isinstance(atom, Lin) or atom.map.kind not in ("scale", "broadcast") or isinstance(atom.source, Tangent):
+            return None
+        source = self.rechannelled(atom.source, axes)
+        if source is None:
+            return None
+        step = atom.map
+        if step.kind == "broadcast":
+            step = Relayout("broadcast", inner)
+        else:
+            factor = step.parameters[0].value
+            for axis, a in enumerate(inner):
+                if a.channel and np.shape(factor)[axis] > 1:
+                    first = factor[(slice(None),) * axis + (slice(0, 1),)]
+                    if is_traced(factor) or not bool((factor == first).all()):
+                        return None
+                    factor = first
+            step = Relayout("scale", (Box(factor),))
+        return self._lin(step, source, step.axes(source.axes), atom.gaussian, atom.tangent)
+
     def _moved_array(self, array, axes: Axes, step: Relayout):
         full = _xp(array).broadcast_to(array, extents(axes))
         return step.apply(full, axes)
@@ -351,6 +426,9 @@ class Arena:
         if isinstance(atom, Ew):
             leaf = self.relayout(atom.leaf, step)
             return self.atom(Ew, (id(leaf), id(atom.expr)), axes, leaf, atom.expr)
+        if isinstance(atom, Product):
+            left, right = self.relayout(atom.left, step), self.relayout(atom.right, step)
+            return self.atom(Product, (id(left), id(right)), axes, left, right)
         return self._lin(step, self.sum(atom.axes, [(atom, 1.0)]), axes, atom.gaussian, atom.tangent)
 
     def _summed(self, body: Sum, step: Relayout) -> Sum:

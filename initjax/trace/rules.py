@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from initjax.trace import expr as ex
-from initjax.trace.domain import Atom, Axis, Base, Const, Ew, Field, Lin, Relayout, Sum, Tangent
+from initjax.trace.domain import Atom, Axis, Base, Const, Ew, Field, Lin, Product, Relayout, Sum, Tangent
 from initjax.trace.jaxpr import is_traced
 from initjax.trace.views import WeightView
 from initjax.trace.walk import Walk, const, near_of
@@ -84,9 +84,13 @@ def _match(walk: Walk, field: Field, like: Field) -> Field:
     if mine == yours:
         return field
     if [a.size for a in mine] == [a.size for a in yours]:
-        clash = [a for a, b in zip(mine, yours, strict=True) if a.channel != b.channel and a.size > 1]
+        clash = [(a, b) for a, b in zip(mine, yours, strict=True) if a.channel != b.channel and a.size > 1]
         if not clash:  # axes of size 1 are channel or position alike
             return Field(walk.arena.relayout(field.body, Relayout("reshape", yours)), like.groups, field.near)
+        if all(b.channel for _, b in clash):
+            body = walk.arena.rechannelled(field.body, yours)  # a weight that met known arrays before it met the field
+            if body is not None:
+                return Field(body, like.groups, field.near)
     raise walk.refuse(
         field.near or like.near,
         "one operand is independent from channel to channel where the other varies over positions, so their "
@@ -156,35 +160,56 @@ def _name(walk: Walk) -> str:
 
 def scaled(walk: Walk, body, factor) -> Any:
     """factor * body, for a number or an array over positions."""
-    arena = walk.arena
     if isinstance(body, Tangent):
-        return Tangent(body.axes, tuple((c, scaled(walk, g, factor)) for c, g in body.parts))
-    terms = [(atom, c * factor) for atom, c in body.terms]
-    return arena.sum(body.axes, terms, body.constant * factor)
+        return Tangent(body.axes, tuple((c, walk.arena.scaled(g, factor)) for c, g in body.parts))
+    return walk.arena.scaled(body, factor)
 
 
 def total(walk: Walk, bodies: list) -> Any:
     """The sum of Sums, or of Tangents."""
     arena, axes = walk.arena, bodies[0].axes
     if isinstance(bodies[0], Tangent):
-        parts: dict[int, list] = {}
-        for c, g in (part for body in bodies for part in body.parts):
-            parts.setdefault(id(c), [c, []])[1].append(g)
-        return Tangent(axes, tuple((c, total(walk, gs) if len(gs) > 1 else gs[0]) for c, gs in parts.values()))
+        return Tangent(axes, _collected(walk, [part for body in bodies for part in body.parts]))
     constant = bodies[0].constant
     for body in bodies[1:]:
         constant = constant + body.constant
     return arena.fused(arena.sum(axes, [term for body in bodies for term in body.terms], constant))
 
 
+def _collected(walk: Walk, parts: list) -> tuple:
+    """Parts with one coefficient, or with one tangent up to a factor, become one: phi' is then a single function."""
+    arena = walk.arena
+    by_coefficient: dict[int, list] = {}
+    for c, g in parts:
+        by_coefficient.setdefault(id(c), [c, []])[1].append(g)
+    by_tangent: dict[int, list] = {}
+    for c, gs in by_coefficient.values():
+        leaf, factor = arena.leaf_of(total(walk, gs) if len(gs) > 1 else gs[0])
+        by_tangent.setdefault(id(leaf), [leaf, []])[1].append((c, factor))
+    merged = []
+    for leaf, uses in by_tangent.values():
+        if all(c is None for c, _ in uses):
+            merged.append((None, arena.scaled(leaf, sum(factor for _, factor in uses))))
+            continue
+        ones = [arena.sum(leaf.axes, (), factor) if c is None else arena.scaled(c, factor) for c, factor in uses]
+        merged.append((total(walk, ones) if len(ones) > 1 else ones[0], leaf))
+    return tuple(merged)
+
+
 def product(walk: Walk, left: Sum, right: Sum, near: str) -> Sum:
-    """The product of two primal fields: scaling, or one function of a common leaf."""
+    """The product of two primal fields: scaling, one function of a common leaf, or a product to be judged later."""
     for one, other in ((left, right), (right, left)):
         if one.is_constant:
             return scaled(walk, other, one.constant)
     import jax
 
-    return _function(walk, jax.lax.mul_p, {}, [left, right], near)
+    arena = walk.arena
+    if arena.common_leaf([left, right]) is not None:
+        return _function(walk, jax.lax.mul_p, {}, [left, right], near)
+    atom = arena.atom(Product, (id(left), id(right)), left.axes, left, right)
+    # its mean over channels is exact; whether more is asked of it, and whether that is exact, the end of the walk tells
+    walk.doubts.setdefault(atom.number, walk.refuse(near, *_why_no_leaf(walk, [left, right])))
+    return arena.sum(left.axes, [(atom, 1.0)])
 
 
 def _function(walk: Walk, primitive, params: dict, bodies: list, near: str, dtype=None) -> Sum:
@@ -337,7 +362,7 @@ def times_tangent(walk: Walk, tangent: Tangent, factor: Sum, near: str) -> Tange
         return scaled(walk, tangent, factor.constant)
     parts = []
     for c, g in tangent.parts:
-        if any(not atom.tangent or getattr(atom, "map", None) is not None and not atom.gaussian for atom, _ in g.terms):
+        if any(isinstance(atom, Lin) and isinstance(atom.source, Tangent) for atom, _ in g.terms):
             raise walk.refuse(
                 near,
                 "the derivative of a nonlinearity after a position average of activations depends on several Gaussians",
@@ -608,14 +633,35 @@ def _reduce_sum(walk: Walk, operands):
     starts = np.concatenate([[0], np.cumsum(value.groups)])
     axes = [int(a) for p in walk.equation.params["axes"] for a in range(starts[p], starts[p + 1])]
     if any(value.body.axes[a].channel for a in axes):
-        raise walk.refuse(
-            value.near,
-            "a sum over channels (a norm layer, or a mean over features) needs the law of large numbers, which this "
-            "version does not cover",
-            _MEASURE,
-        )
+        return [_mean_over_channels(walk, value, axes)]
     groups = tuple(count for p, count in enumerate(value.groups) if p not in walk.equation.params["axes"])
     return [Field(walk.arena.relayout(value.body, Relayout("sum", tuple(axes))), groups, value.near)]
+
+
+def _mean_over_channels(walk: Walk, value: Field, axes: list[int]) -> Const:
+    """A sum over channels is their number times the mean: the law of large numbers."""
+    assert walk.equation is not None
+    shape = tuple(walk.program.body.avals[walk.equation.outputs[0]].shape)
+    if isinstance(value.body, Tangent):  # tangents have mean zero; what is left is O(1 / sqrt(n))
+        return _zeros(walk)
+    count = math.prod(value.body.axes[a].size for a in axes if value.body.axes[a].channel)
+    if count < 32:
+        walk.note(
+            f"mean {value.near}",
+            f"after {value.near}: a mean over {count} channels is replaced by its expectation; the finite network "
+            f"differs by O(1/{count})",
+        )
+    mean = walk.mean(value.body)
+    if mean is None:
+        return _zeros(walk)
+    kept = tuple(n if n > 1 else 1 for i, n in enumerate(np.shape(mean)) if i not in axes)
+    mean = mean.sum(axis=tuple(axes)).reshape(kept) * float(count)
+    if len(kept) != len(shape):  # positions that the program sees as one axis
+        groups = [count for p, count in enumerate(value.groups) if p not in walk.equation.params["axes"]]
+        full = [a for i, a in enumerate(value.body.axes) if i not in axes]
+        xp = _xp(mean)
+        mean = xp.broadcast_to(mean, tuple(a.size for a in full)).reshape(shape) if max(groups) > 1 else mean
+    return const(mean, shape) if np.shape(mean) == shape else Const(mean, shape)
 
 
 RULES = {

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from initjax.errors import UnsupportedLayerError
-from initjax.trace.domain import Arena, Axis, Base, Const, Field, Sum, Tangent
+from initjax.trace.domain import Arena, Axis, Base, Const, Field, Product, Sum, Tangent
 from initjax.trace.flax import layer_of
+from initjax.trace.graph import independent, reachable, separable
 from initjax.trace.inline import Equation
 from initjax.trace.jaxpr import float64, is_traced
 from initjax.trace.names import refusal
@@ -57,9 +58,11 @@ class Walked:
 class Walk:
     """State of one walk: values by number, uses of every weight leaf, layers met."""
 
-    def __init__(self, program: Program, arena: Arena | None = None):
+    def __init__(self, program: Program, mean: Callable[[Sum], Any]):
         self.program = program
-        self.arena = arena or Arena()
+        self.mean = mean  # expectation of a primal body at every position: sums over channels become numbers
+        self.arena = Arena()
+        self.doubts: dict[int, UnsupportedLayerError] = {}
         self.uses: dict[int, list[Use]] = {}
         self.layers: dict[str, Sum] = {}
         self.tangents: dict[str, Tangent] = {}
@@ -163,9 +166,19 @@ class Walk:
                     results = [const(np.zeros(body.avals[n].shape)) for n in equation.outputs]
             values.update(zip(equation.outputs, results, strict=True))
         output, tangent = (values[n] for n in body.outputs)
+        self._settle_doubts([v.body for v in (output, tangent) if isinstance(v, Field)])
         return Walked(
             self._finished(output), self._finished(tangent, True), self.layers, self.tangents, list(self.notes.values())
         )
+
+    def _settle_doubts(self, bodies: list) -> None:
+        """Refuse products that reach the output, unless every moment they take part in factorises."""
+        atoms = [atom for atom in reachable(bodies) if not atom.tangent and not isinstance(atom, Base)]
+        for atom in atoms:
+            if isinstance(atom, Product) and not (
+                independent(atom.left, atom.right) and all(separable(atom, other) for other in atoms)
+            ):
+                raise self.doubts[atom.number]
 
     def _start(self, inputs) -> dict[int, Any]:
         program, body = self.program, self.program.body

@@ -1,0 +1,90 @@
+"""What stands behind a body, and which fields are independent of each other."""
+
+from typing import Any
+
+from initjax.trace.domain import Atom, Base, Ew, Lin, Product, Sum
+
+
+def related(a: Base, b: Base) -> bool:
+    """Whether two bases share weights: the walk has made sure that views of one leaf are equal or disjoint."""
+    u, v = a.view, b.view
+    return (u.leaf, u.tangent, a.kind) == (v.leaf, v.tangent, b.kind) and (a.kind == "vector" or u.offset == v.offset)
+
+
+def parts_of(body) -> list:
+    """A body and everything that stands directly in it."""
+    if isinstance(body, Sum):
+        return [body, *(atom for atom, _ in body.terms)]
+    things: list[Any] = [body]
+    for c, g in body.parts:
+        things += parts_of(g) + (parts_of(c) if c is not None else [])
+    return things
+
+
+def sources(atom: Atom) -> list:
+    """The bodies an atom is made of."""
+    if isinstance(atom, Base):
+        return [] if atom.operand is None else [atom.operand]
+    if isinstance(atom, Ew):
+        return [atom.leaf]
+    if isinstance(atom, Product):
+        return [atom.left, atom.right]
+    assert isinstance(atom, Lin)
+    return [atom.source]
+
+
+def reachable(bodies: list) -> list[Atom]:
+    """Every atom behind the bodies, oldest first."""
+    found: dict[int, Atom] = {}
+    stack = list(bodies)
+    while stack:
+        for thing in parts_of(stack.pop()):
+            if isinstance(thing, Atom) and thing.number not in found:
+                found[thing.number] = thing
+                stack += sources(thing)
+    return [found[number] for number in sorted(found)]
+
+
+def bases_of(body: Sum) -> list[Base]:
+    """The Gaussians that a primal body is a function of."""
+    found: dict[int, Base] = {}
+    stack: list[Any] = [atom for atom, _ in body.terms]
+    while stack:
+        atom = stack.pop()
+        if isinstance(atom, Base):
+            found[atom.number] = atom
+        else:
+            stack += [a for part in sources(atom) for a, _ in part.terms]
+    return list(found.values())
+
+
+def independent(left: Sum, right: Sum) -> bool:
+    """Whether no Gaussian of the one shares weights with a Gaussian of the other."""
+    return not any(related(a, b) for a in bases_of(left) for b in bases_of(right))
+
+
+def factors_of(atom: Atom) -> list[Sum]:
+    """A product's factors; any other atom is one factor. Maps over positions are looked through."""
+    if isinstance(atom, Product):
+        return [atom.left, atom.right]
+    if isinstance(atom, Lin) and isinstance(atom.source, Sum) and len(atom.source.terms) == 1:
+        return factors_of(atom.source.terms[0][0])
+    return [Sum(atom.axes, ((atom, 1.0),))]
+
+
+def separable(first: Atom, second: Atom) -> bool:
+    """Whether E[first second] splits into expectations of at most two factors, one of either atom."""
+    return pairing(factors_of(first), factors_of(second)) is not None
+
+
+def pairing(ours: list[Sum], theirs: list[Sum]) -> list[tuple[int | None, int | None]] | None:
+    """Which factor meets which: dependent pairs and single factors; None where three depend on each other."""
+    partners: list[tuple[int | None, int | None]] = []
+    taken: set[int] = set()
+    for i, mine in enumerate(ours):
+        dependent = [j for j, yours in enumerate(theirs) if not independent(mine, yours)]
+        if len(dependent) > 1 or taken.intersection(dependent):
+            return None
+        taken.update(dependent)
+        partners.append((i, dependent[0] if dependent else None))
+    return partners + [(None, j) for j in range(len(theirs)) if j not in taken]
