@@ -100,6 +100,7 @@ def draw(report: "Inspection") -> Any:
             axes.set_yscale("log")
         axes.set_ylabel(label)
         axes.set_xlabel("layer")
+        axes.xaxis.get_major_locator().set_params(integer=True)
     if panels[0].get_legend_handles_labels()[0]:
         panels[0].legend()
     figure.suptitle(f"Initialization of the model: {report.phase}, predicted and measured on {report.inputs} inputs")

@@ -1,5 +1,6 @@
 """The report on a whole model: both sides joined, refusals told, and every form it takes."""
 
+import io
 import json
 import math
 
@@ -119,9 +120,8 @@ def test_nnx_factory_and_linen_agree():
 def text_of(found):
     from rich.console import Console
 
-    console = Console(width=80, file=open("/dev/null", "w"), record=True)
+    console = Console(width=80, file=io.StringIO(), record=True)
     console.print(found.table())
-    console.file.close()
     return console.export_text()
 
 
