@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from initjax.errors import InputError
+from initjax.drawing import blank_figure
 
 if TYPE_CHECKING:
     from initjax.inspection import Inspection
@@ -66,18 +66,7 @@ def table(report: "Inspection") -> Any:
 
 def draw(report: "Inspection") -> Any:
     """A matplotlib figure with q, correlation and gradient over the layers."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError(
-            given="a request for a figure, but matplotlib is not installed.",
-            accepted="an environment with matplotlib.",
-            why="the report is drawn with it.",
-            remedy="pip install 'initjax[plots]'",
-        ) from None
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank_figure(13, 4)
     panels = figure.subplots(1, 3)
     number = range(1, len(report.layers) + 1)
     for axes, name, label, log in (

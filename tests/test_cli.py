@@ -220,6 +220,18 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     refused("critical", "tanh", "--out", str(tmp_path / "file" / "below"))
 
 
+@pytest.mark.parametrize("arguments", [["demo"], ["critical", "tanh"]])
+def test_missing_matplotlib_is_told_before_any_work(arguments, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "pip install 'initjax[plots]'" in refused(*arguments, "--out", str(tmp_path))
+
+
+def test_demo_without_scikit_learn_says_how_to_install_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.chdir(tmp_path)
+    assert "pip install 'initjax[data]'" in refused("demo")
+
+
 def test_every_public_activation_of_jax_nn_is_found_by_name():
     from initjax.commands.lookup import FAMILIAR, _named
 

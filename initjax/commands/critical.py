@@ -5,7 +5,8 @@ from pathlib import Path
 
 import click
 
-from initjax.commands.output import collected_warnings, figure, output_options, save, show
+from initjax.commands.output import collected_warnings, output_options, save, show
+from initjax.drawing import blank_figure
 
 
 @click.command(name="critical", short_help="The weight scale on the edge of chaos.")
@@ -80,7 +81,8 @@ def _draw(activation, phi: str, sigma_b: float, rows: list[dict]):
     sigma_w = np.linspace(0.5 * centre, 1.5 * centre, 121)
     line = meanfield.phase_diagram(activation, sigma_w, np.array([sigma_b]))
     chi = np.asarray(line.chi_1).reshape(-1)
-    drawing, axes = figure()
+    drawing = blank_figure(6.4, 4.4)
+    axes = drawing.subplots()
     axes.plot(sigma_w, chi, color="#0072B2", label="chi_1 at the fixed point q*")
     axes.axhline(1.0, color="0.5", linestyle="--", linewidth=1, label="edge of chaos, chi_1 = 1")
     for row in rows:

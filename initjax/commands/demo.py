@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from initjax.commands.output import collected_warnings, output_options, save, show
+from initjax.commands.output import collected_warnings, folder, output_options, save, show
 
 
 @click.command(name="demo", short_help="Predict, measure and train four initializations on real images.")
@@ -16,10 +16,13 @@ def command(as_json: bool, out: Path | None) -> None:
     """
     from initjax.demo import run as demo
     from initjax.demo.figure import draw
+    from initjax.drawing import blank_figure
 
+    out = folder(out or Path("out/demo"))
+    blank_figure(1, 1)  # what is missing is told now, not after minutes of work
     with collected_warnings() as notes, demo.progress_bars() as progress:
         report = demo.run(progress=progress)
     data = report.to_dict()
-    saved = save(out or Path("out/demo"), "demo", data, draw(report))
+    saved = save(out, "demo", data, draw(report))
     tables = [] if as_json else [report.table(), f"\n{report.verdict}\n"]
     show(data, tables, as_json=as_json, saved=saved, notes=notes)

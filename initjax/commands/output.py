@@ -79,23 +79,6 @@ def folder(out: Path) -> Path:
     return out
 
 
-def figure(**subplots: Any) -> tuple[Any, Any]:
-    """Return `(figure, axes)` from matplotlib, drawn to files only, or say how to install it."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError(
-            given="a request for a figure, but matplotlib is not installed.",
-            accepted="an environment with matplotlib.",
-            why="initjax draws with matplotlib, which it does not require otherwise.",
-            remedy="pip install 'initjax[plots]', or leave out --out.",
-        ) from None
-    drawing = Figure(layout="constrained", figsize=subplots.pop("figsize", (6.4, 4.4)))
-    FigureCanvasAgg(drawing)
-    return drawing, drawing.subplots(**subplots)
-
-
 def save(out: Path, name: str, data: dict, drawing: Any = None) -> list[Path]:
     """Write `name.json`, and `name.png` if there is a drawing, into the folder `out`; return the paths."""
     paths = [folder(out) / f"{name}.json"]

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from initjax.commands.output import collected_warnings, figure, output_options, save, show
+from initjax.commands.output import collected_warnings, output_options, save, show
+from initjax.drawing import blank_figure
 from initjax.errors import InputError
 
 # one letter a cell in the terminal's map
@@ -125,8 +126,8 @@ def _diagram(activation, phi: str, sigma_w, sigma_b, points: int, as_json: bool,
     }
     saved = []
     if out:
-        drawing, axes = figure()
-        diagram.plot(ax=axes)
+        drawing = blank_figure(6.4, 4.4)
+        diagram.plot(ax=drawing.subplots())
         saved = save(out, "phase", data, drawing)
     tables = [] if as_json else [_map(phi, phase, weights, biases), _line_table(phi, line)]
     show(data, tables, as_json=as_json, saved=saved, notes=notes)
@@ -178,7 +179,8 @@ def _draw_point(activation, phi: str, data: dict):
 
     depth = 50
     path = meanfield.propagate(activation, data["sigma_w"], data["sigma_b"], depth)
-    drawing, (left, right) = figure(ncols=2, figsize=(9, 3.8))
+    drawing = blank_figure(9, 3.8)
+    left, right = drawing.subplots(1, 2)
     layers = np.arange(depth + 1)
     left.plot(layers, np.asarray(path.q), color="#0072B2")
     left.set_ylabel("second moment of a pre-activation, q")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from initjax.drawing import blank_figure
+
 if TYPE_CHECKING:
     from initjax.demo.report import Report
 
@@ -23,11 +25,7 @@ ORDERED, TRAINABLE, CHAOTIC = "#DCE9F5", "#FFF3B8", "#F8DDD0"
 
 def draw(report: "Report") -> Any:
     """Draw the report; returns a matplotlib figure, 16 x 5.4 inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(16, 5.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank_figure(16, 5.4)
     grid = figure.add_gridspec(2, 3, height_ratios=(1, 1.25))
     _phase(figure.add_subplot(grid[:, 0]), report)
     upper = figure.add_subplot(grid[0, 1])
