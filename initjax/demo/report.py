@@ -157,10 +157,11 @@ class Report:
         from rich.table import Table
 
         config = self.config
+        rates = ", ".join(f"{rate:g}" for rate in config.learning_rates)
         table = Table(
             title=f"tanh network, depth {config.depth}, width {config.width}, on handwritten digits",
-            caption=f"measured: mean and standard error of {config.draws} networks (×÷: error as a factor); "
-            f"accuracy: {config.seeds} networks",
+            caption=f"measured: mean and standard error of {config.draws} networks (×÷: error as a factor)\n"
+            f"accuracy: {config.seeds} networks, learning rate {config.learning_rate:g}; tried: {rates}",
             box=box.SIMPLE_HEAVY,
             pad_edge=False,
             padding=(0, 1),

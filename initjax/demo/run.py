@@ -32,9 +32,9 @@ class DemoConfig:
     draws: int = 6
     seeds: int = 3
     ntk_images: int = 24
-    steps: int = 400
+    steps: int = 300
     batch: int = 64
-    evaluations: int = 20
+    evaluations: int = 15
     learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     diagram_points: int = 121
     seed: int = 0
