@@ -258,33 +258,27 @@ def _spectra(predicted: np.ndarray | None, measured: list[np.ndarray], n: int) -
 
 
 def _join(predicted: Any, measured: Any, n: int) -> tuple[LayerReport, ...]:
-    """Both sides by layer name; a module that is used several times is matched use by use."""
+    """Both sides by layer name. Of a module used several times (`name`, `name#2`, ...) theory reports the last use."""
     off = ~np.eye(n, dtype=bool)
-    rows: dict[tuple[str, int], dict] = {}
-
-    def row(name: str, seen: dict[str, int]) -> dict:
-        seen[name] = seen.get(name, -1) + 1
-        return rows.setdefault((name, seen[name]), {})
-
+    rows: dict[str, dict] = {}
+    last_use: dict[str, str] = {}
     if measured is not None:
-        seen: dict[str, int] = {}
         q, gradient = (samples.mean(-1) for samples in (measured.q_samples, measured.gradient_samples))
         for i, name in enumerate(measured.layers):
-            row(name, seen).update(
+            last_use[name.partition("#")[0]] = name
+            rows[name] = dict(
                 q_measured=_over(q[:, i]),
                 correlation_measured=_correlation(measured, i, off) if n > 1 else None,
                 gradient_measured=_over(gradient[:, i]),
             )
-    if predicted is not None:
-        seen = {}
-        for layer in predicted.layers:
-            row(layer.name, seen).update(
-                q=float(np.mean(layer.q)),
-                correlation=float(np.mean(np.asarray(layer.correlation)[off])) if n > 1 else None,
-                chi=_number(layer.chi),
-                gradient=_number(layer.gradient),
-            )
-    return tuple(LayerReport(name, **numbers) for (name, _), numbers in rows.items())
+    for layer in predicted.layers if predicted is not None else ():
+        rows.setdefault(last_use.get(layer.name, layer.name), {}).update(
+            q=float(np.mean(layer.q)),
+            correlation=float(np.mean(np.asarray(layer.correlation)[off])) if n > 1 else None,
+            chi=_number(layer.chi),
+            gradient=_number(layer.gradient),
+        )
+    return tuple(LayerReport(name, **numbers) for name, numbers in rows.items())
 
 
 def _correlation(measured: Any, layer: int, off: np.ndarray) -> Estimate:

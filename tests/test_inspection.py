@@ -87,18 +87,43 @@ def test_phase_is_what_the_whole_depth_does(sigma_w, phase):
     assert found.networks == found.kernels == 0 and found.gradient_ratio_measured is None
 
 
+class Tied(nn.Module):
+    """A weight and its transpose in one forward pass, which no theory of independent layers covers."""
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], 32), jnp.float32)
+        return nn.Dense(2)(jnp.tanh(x @ kernel) @ kernel.T)
+
+
 def test_refusal_is_told_and_the_measured_side_stands():
-    model = nn.Sequential([nn.Conv(4, (3,)), nn.relu, lambda x: x.reshape(x.shape[0], -1), nn.Dense(2)])
-    x = np.random.default_rng(0).normal(size=(4, 8, 2)).astype(np.float32)
     with pytest.raises(ij.UnsupportedLayerError) as error:
-        ij.kernel_fn(model, x)
-    found = ij.inspect(model, x, key=KEY, seeds=3)
+        ij.kernel_fn(Tied(), batch())
+    found = ij.inspect(Tied(), batch(), key=KEY, seeds=3)
     assert found.refusal == str(error.value)
     assert found.phase == "unknown" and found.condition_number is None
-    assert [layer.name for layer in found.layers] == ["layers_0", "layers_3"]
+    assert [layer.name for layer in found.layers] == ["kernel", "kernel#2", "Dense_0"]
     assert all(layer.q is None and layer.q_measured.mean > 0 for layer in found.layers)
     assert found.condition_number_measured.mean > 0
     assert "No exact prediction" in text_of(found)
+
+
+def test_a_module_used_several_times_is_predicted_at_its_last_use():
+    class Shared(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = jnp.tanh(nn.Dense(64)(x))
+            again = nn.Dense(64)
+            for _ in range(2):
+                x = jnp.tanh(again(x))
+            return nn.Dense(2)(x)
+
+    found = ij.inspect(Shared(), batch(4, 64), key=KEY, kernels=False, seeds=16)
+    assert [layer.name for layer in found.layers] == ["Dense_0", "Dense_1", "Dense_1#2", "Dense_2"]
+    _, second, third, _ = found.layers
+    assert second.q is None
+    gap = abs(third.q_measured.mean - third.q)
+    assert gap < 5 * third.q_measured.standard_error < second.q_measured.mean - third.q_measured.mean + gap
 
 
 def test_nnx_factory_and_linen_agree():
