@@ -111,6 +111,77 @@ class PooledSequence(nn.Module):
         return nn.Dense(1)(h.mean(axis=1))
 
 
+class CNN(nn.Module):
+    """Two convolutions, then flatten or a global mean."""
+
+    activation: str = "relu"
+    readout: str = "flat"
+    padding: str = "SAME"
+    width: int = 64
+
+    @nn.compact
+    def __call__(self, x):
+        phi = ACTIVATIONS[self.activation]
+        x = phi(nn.Conv(self.width, (3, 3), padding=self.padding, kernel_init=he, bias_init=small)(x))
+        stride = 2 if self.padding == "SAME" else 1
+        x = phi(nn.Conv(self.width, (3, 3), stride, padding=self.padding, kernel_init=he, bias_init=small)(x))
+        x = x.reshape(x.shape[0], -1) if self.readout == "flat" else x.mean(axis=(1, 2))
+        return nn.Dense(1)(x)
+
+
+class CNNnnx(nnx.Module):
+    """The same network in nnx."""
+
+    def __init__(self, channels, positions, *, rngs):
+        self.first = nnx.Conv(channels, 64, (3, 3), kernel_init=he, bias_init=small, rngs=rngs)
+        self.second = nnx.Conv(64, 64, (3, 3), strides=2, kernel_init=he, bias_init=small, rngs=rngs)
+        self.readout = nnx.Linear(64 * positions, 1, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.second(nnx.relu(self.first(x))))
+        return self.readout(x.reshape(x.shape[0], -1))
+
+
+class ResNetV2(nn.Module):
+    """Pre-activation residual blocks with LayerNorm, pooling in between, transposed convolution at the end."""
+
+    width: int = 64
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(self.width, (3, 3))(x)
+        for _ in range(2):
+            h = nn.Conv(self.width, (3, 3))(nn.relu(nn.LayerNorm()(x)))
+            x = x + nn.Conv(self.width, (3, 3))(nn.relu(h))
+        x = nn.avg_pool(x, (2, 2), (2, 2))
+        x = nn.ConvTranspose(self.width, (2, 2), (2, 2))(nn.relu(x))
+        return nn.Dense(1)(x.mean(axis=(1, 2)))
+
+
+class MaxPooled(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(1)(nn.max_pool(nn.Conv(64, (2, 2))(x), (2, 2)).mean(axis=(1, 2)))
+
+
+class Depthwise(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        h = nn.Conv(64, (1, 1))(x)
+        return nn.Dense(1)(nn.Conv(64, (3, 3), feature_group_count=64)(h).mean(axis=(1, 2)))
+
+
+class Blurred(nn.Module):
+    """A fixed kernel over channels and positions."""
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.Conv(8, (1, 1))(x)
+        kernel = jnp.ones((3, 3, 8, 8), h.dtype)
+        h = jax.lax.conv_general_dilated(h, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return nn.Dense(1)(nn.relu(h).mean(axis=(1, 2)))
+
+
 class TiedAutoencoder(nn.Module):
     """relu(x W) W^T: the weights in two roles."""
 
@@ -283,4 +354,7 @@ REFUSED = {
     HalfChannels: "independent copies",
     ChannelTranspose: "change places",
     SharedScalar: "repeated over all channels",
+    MaxPooled: "maximum",
+    Depthwise: "depthwise",
+    Blurred: "known kernel",
 }

@@ -7,16 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from initjax import gaussian
-from initjax.trace.domain import Axes, Base, Sum, extents
+from initjax.trace.domain import Base, Sum
 from initjax.trace.expr import VARIABLE, Expr, apply
 from initjax.trace.jaxpr import is_traced
+from initjax.trace.maps import Axes, extents, xp_of
 
 Array = Any
-
-
-def xp_of(*values):
-    """numpy, or jax.numpy if a tracer takes part."""
-    return jnp if any(is_traced(v) for v in values) else np
 
 
 class Total:

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from initjax.errors import InputError, UnsupportedLayerError
-from initjax.infinite.arrays import xp_of
 from initjax.infinite.moments import Moments
 from initjax.trace.domain import Base, Tangent
 from initjax.trace.flax import Functional, as_functional, cannot_call, check_array
 from initjax.trace.graph import reachable
 from initjax.trace.initstats import LeafStats
 from initjax.trace.jaxpr import is_traced
+from initjax.trace.maps import xp_of
 from initjax.trace.program import Program, read_model, trace_program
 from initjax.trace.walk import INPUTS, Walk, Walked
 

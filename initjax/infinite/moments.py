@@ -33,10 +33,11 @@ from initjax.infinite.arrays import (
     sum_matching,
     take_diagonal,
 )
-from initjax.trace.domain import Atom, Base, Ew, Lin, Product, Sum, Tangent, extents, is_zero
+from initjax.trace.domain import Atom, Base, Ew, Lin, Product, Sum, Tangent, is_zero
 from initjax.trace.expr import VARIABLE, Expr
-from initjax.trace.graph import pairing, parts_of, reachable, related, sources
+from initjax.trace.graph import carries, pairing, parts_of, reachable, related, sources
 from initjax.trace.initstats import LeafStats
+from initjax.trace.maps import extents
 from initjax.trace.walk import INPUTS
 
 Leaves = dict[str, Array]  # weight leaf -> its part of a tangent moment
@@ -74,13 +75,13 @@ class Moments:
                     continue
                 if not atom.tangent:
                     self.atoms_diagonal(atom, atom)
-                elif not _carries(atom):
+                elif not carries(atom):
                     self.dot_atoms(atom, atom, "diagonal")
             if isinstance(a, Product):
                 continue
             if not a.tangent:
                 self.atoms(a, b)
-            elif not _carries(a):
+            elif not carries(a):
                 self.dot_atoms(a, b, "leaves")
             for key in self._due.pop(a.number, ()):
                 self._memo.pop(key, None)
@@ -199,7 +200,7 @@ class Moments:
                 inner = self.diagonal(one.source, self._single(other))
                 return None if inner is None else one.map.apply(inner, one.source.axes)
         if isinstance(a, Lin) or isinstance(b, Lin):
-            if isinstance(a, Lin) and isinstance(b, Lin) and a.map == b.map and a.map.kind != "sum":
+            if isinstance(a, Lin) and isinstance(b, Lin) and a.map == b.map and a.map.local:
                 inner = self.diagonal(a.source, b.source)
                 return None if inner is None else a.map.apply(inner, a.source.axes)
             return take_diagonal(self.atoms(a, b), len(a.axes))
@@ -309,6 +310,11 @@ class Moments:
 
     def _tangents(self, x: Tangent, y: Tangent, mode: str) -> Leaves:
         (plain_x, maps_x), (plain_y, maps_y) = self._split(x), self._split(y)
+        if mode == "diagonal" and len(maps_x) == len(maps_y) == 1 and not plain_x and not plain_y:
+            (a, c), (b, d) = maps_x[0], maps_y[0]
+            if a.map == b.map and a.map.local:
+                inner = self.tangents(self._as_tangent(a.source), self._as_tangent(b.source), mode)
+                return {leaf: a.map.apply(value, a.source.axes) * c * d for leaf, value in inner.items()}
         if mode == "diagonal" and (maps_x or maps_y):  # needs the pairs of positions of one example
             full = self.tangents(x, y) | self.tangents(x, y, "inputs")
             return {leaf: take_diagonal(value, len(x.axes)) for leaf, value in full.items()}
@@ -322,12 +328,12 @@ class Moments:
                 for leaf, value in dots.items():
                     out.setdefault(leaf, Total()).add(value, weight)
         for atom, c in maps_x:
-            for leaf, value in self.tangents(atom.source, y, mode).items():
+            for leaf, value in self.tangents(self._as_tangent(atom.source), y, mode).items():
                 out.setdefault(leaf, Total()).add(atom.map.apply(value, atom.source.axes), before(c, rank_y))
         for part in plain_x if maps_y else ():
             alone = self._part(x, part)
             for atom, d in maps_y:
-                for leaf, value in self.tangents(alone, atom.source, mode).items():
+                for leaf, value in self.tangents(alone, self._as_tangent(atom.source), mode).items():
                     moved = atom.map.apply(value, atom.source.axes, rank_x)
                     out.setdefault(leaf, Total()).add(moved, after(d, rank_x))
         shape = extents(x.axes) if diagonal else extents(x.axes) + extents(y.axes)
@@ -340,8 +346,8 @@ class Moments:
         def split(x: Tangent, _):
             plain, maps = [], []
             for c, g in x.parts:
-                kept = [(atom, k) for atom, k in g.terms if not _carries(atom)]
-                maps += [(atom, k) for atom, k in g.terms if _carries(atom)]
+                kept = [(atom, k) for atom, k in g.terms if not carries(atom)]
+                maps += [(atom, k) for atom, k in g.terms if carries(atom)]
                 if len(kept) == len(g.terms):
                     plain.append((c, g))
                 elif kept:
@@ -411,7 +417,7 @@ class Moments:
                 if isinstance(one, Lin) and one.map.kind == "scale":
                     inner = self.tangents(self._as_tangent(one.source), self._as_tangent(self._single(other)), mode)
                     return {leaf: one.map.apply(value, one.source.axes) for leaf, value in inner.items()}
-            if isinstance(a, Lin) and isinstance(b, Lin) and a.map == b.map and a.map.kind != "sum":
+            if isinstance(a, Lin) and isinstance(b, Lin) and a.map == b.map and a.map.local:
                 inner = self.tangents(self._as_tangent(a.source), self._as_tangent(b.source), mode)
                 return {leaf: a.map.apply(value, a.source.axes) for leaf, value in inner.items()}
             full = self.dot_atoms(a, b, "leaves") | self.dot_atoms(a, b, "inputs")
@@ -422,11 +428,6 @@ class Moments:
         assert isinstance(b, Lin)
         inner = self.tangents(self._as_tangent(self._single(a)), self._as_tangent(b.source), mode)
         return {leaf: b.map.apply(value, b.source.axes, len(a.axes)) for leaf, value in inner.items()}
-
-
-def _carries(atom: Atom) -> bool:
-    """Whether a tangent atom is a map of a tangent with coefficients, so that it depends on primal fields."""
-    return isinstance(atom, Lin) and isinstance(atom.source, Tangent)
 
 
 def _channels(a: Base) -> int:

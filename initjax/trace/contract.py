@@ -8,8 +8,9 @@ import dataclasses
 
 import numpy as np
 
-from initjax.trace.domain import Axis, Base, Const, Field, Sum, Tangent
+from initjax.trace.domain import Base, Const, Field, Sum, Tangent
 from initjax.trace.flax import layer_of
+from initjax.trace.maps import Axis
 from initjax.trace.rules import RULES, _zeros
 from initjax.trace.views import WeightView
 from initjax.trace.walk import Walk, is_perturbation, near_of

@@ -12,28 +12,14 @@ along channel axes.
 
 import dataclasses
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
 from initjax.trace.expr import VARIABLE, Expr, added, literal, scaled
 from initjax.trace.jaxpr import is_traced
+from initjax.trace.maps import Axes, Axis, Box, Relayout, extents, xp_of
 from initjax.trace.views import WeightView
-
-
-class Axis(NamedTuple):
-    """One axis of a field."""
-
-    size: int
-    channel: bool
-
-
-Axes = tuple[Axis, ...]
-
-
-def extents(axes: Axes) -> tuple[int, ...]:
-    """The shape of the numerical arrays of a field: positions in full, channels as 1."""
-    return tuple(1 if axis.channel else axis.size for axis in axes)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,60 +40,6 @@ class Const:
             return None
         first = self.value.flat[0]
         return first if self.value.size == 1 or bool((self.value == first).all()) else None
-
-
-class Relayout(NamedTuple):
-    """A linear map on the positions of a field, applied to numerical arrays.
-
-    kind : "reshape", "transpose", "broadcast", "index" commute with elementwise functions; "sum" and "scale" do not.
-    parameters : hashable; target axes for reshape and broadcast, permutation, slices, the summed axes, or a `Box` with
-        the factor at every position.
-    """
-
-    kind: Literal["reshape", "transpose", "broadcast", "index", "sum", "scale"]
-    parameters: tuple
-
-    def axes(self, axes: Axes) -> Axes:
-        if self.kind in ("reshape", "broadcast"):
-            return self.parameters
-        if self.kind == "scale":
-            return axes
-        if self.kind == "transpose":
-            return tuple(axes[p] for p in self.parameters)
-        if self.kind == "sum":
-            return tuple(a for i, a in enumerate(axes) if i not in self.parameters)
-        return tuple(
-            Axis(len(range(*slice(*s).indices(a.size))), a.channel) for a, s in zip(axes, self.parameters, strict=True)
-        )
-
-    def apply(self, array, source: Axes, offset: int = 0):
-        """Apply to the axes `offset : offset + len(source)` of an array that has full extents there."""
-        head, tail = array.shape[:offset], array.shape[offset + len(source) :]
-        if self.kind == "reshape":
-            return array.reshape(head + extents(self.parameters) + tail)
-        if self.kind == "broadcast":
-            xp = _xp(array)
-            return xp.broadcast_to(array, head + extents(self.parameters) + tail)
-        if self.kind == "transpose":
-            middle = [offset + p for p in self.parameters]
-            return array.transpose(
-                *range(offset), *middle, *range(offset + len(source), offset + len(source) + len(tail))
-            )
-        if self.kind == "sum":
-            return array.sum(axis=tuple(offset + p for p in self.parameters))
-        if self.kind == "scale":
-            factor = self.parameters[0].value
-            return array * factor.reshape((1,) * offset + np.shape(factor) + (1,) * len(tail))
-        pick = tuple(
-            slice(None) if axis.channel else slice(*s) for axis, s in zip(source, self.parameters, strict=True)
-        )
-        return array[(slice(None),) * offset + pick]
-
-
-def _xp(array):
-    import jax.numpy as jnp
-
-    return jnp if is_traced(array) else np
 
 
 class Atom:
@@ -180,13 +112,6 @@ class Product(Atom):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Box:
-    """An array as part of a hashable key: equal to itself alone."""
-
-    value: Any
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
 class Sum:
     """sum_i coefficient_i * atom_i + constant.
 
@@ -248,6 +173,7 @@ class Arena:
     def __init__(self):
         self._atoms: dict[tuple, Atom] = {}
         self._sums: dict[tuple, Sum] = {}
+        self._boxes: dict[tuple, Box] = {}
         self._count = 0
 
     def atom(self, kind, key: tuple, *fields, **named) -> Any:
@@ -341,13 +267,26 @@ class Arena:
 
     # ------------------------------------------------------------------ linear maps over positions
 
+    def _box(self, array) -> Box:
+        """Equal known arrays are one object, so that a field scaled twice alike is one field."""
+        if is_traced(array):
+            return Box(array)
+        return self._boxes.setdefault((np.shape(array), np.asarray(array).tobytes()), Box(array))
+
+    def unscaled(self, g: Sum) -> tuple[Sum, Any]:
+        """(h, factor) with g = factor * h, where a factor that varies over positions stands in front; else (g, 1.0)."""
+        atom, c = g.terms[0] if len(g.terms) == 1 and is_zero(g.constant) else (None, 1.0)
+        if not isinstance(atom, Lin) or atom.map.kind != "scale" or not isinstance(atom.source, Sum):
+            return g, 1.0
+        return self.scaled(atom.source, c), atom.map.parameters[0].value
+
     def scaled(self, body: Sum, factor) -> Sum:
         """factor * body; a factor that varies over positions makes a new atom, so that coefficients stay numbers."""
         if isinstance(factor, float) or not body.terms:
             terms = [(atom, c * factor) for atom, c in body.terms]
             return self.sum(body.axes, terms, body.constant * factor)
         random = self.sum(body.axes, body.terms)
-        step = Relayout("scale", (Box(factor),))
+        step = Relayout("scale", (self._box(factor),))
         tangent = any(atom.tangent for atom, _ in body.terms)
         atom = self._lin(step, random, body.axes, body.gaussian, tangent)
         return self.sum(body.axes, [(atom, 1.0)], body.constant * factor)
@@ -358,17 +297,15 @@ class Arena:
         if axes == body.axes and step.kind in ("reshape", "broadcast"):
             return body
         if isinstance(body, Tangent):
-            if step.kind == "sum" and any(c is not None and not c.is_constant for c, _ in body.parts):
+            if step.commutes:
+                moved = [(None if c is None else self.relayout(c, step), self.relayout(g, step)) for c, g in body.parts]
+                return Tangent(axes, tuple(moved))
+            if any(c is not None for c, _ in body.parts):
                 atom = self.atom(Lin, (id(body), step), axes, step, body, False, True)
                 return Tangent(axes, ((None, self.sum(axes, [(atom, 1.0)])),))
-            return Tangent(
-                axes,
-                tuple((None if c is None else self.relayout(c, step), self.relayout(g, step)) for c, g in body.parts)
-                if step.kind != "sum"
-                else tuple((None, self._summed_part(c, g, step)) for c, g in body.parts),
-            )
-        if step.kind == "sum":
-            return self._summed(body, step)
+            return Tangent(axes, tuple((None, self._mapped(g, step)) for _, g in body.parts))
+        if not step.commutes:
+            return self._mapped(body, step)
         terms = []
         for atom, c in body.terms:
             moved = self._moved(atom, step)
@@ -414,11 +351,11 @@ class Arena:
                     if is_traced(factor) or not bool((factor == first).all()):
                         return None
                     factor = first
-            step = Relayout("scale", (Box(factor),))
+            step = Relayout("scale", (self._box(factor),))
         return self._lin(step, source, step.axes(source.axes), atom.gaussian, atom.tangent)
 
     def _moved_array(self, array, axes: Axes, step: Relayout):
-        full = _xp(array).broadcast_to(array, extents(axes))
+        full = xp_of(array).broadcast_to(array, extents(axes))
         return step.apply(full, axes)
 
     def _moved(self, atom: Atom, step: Relayout) -> Atom:
@@ -431,24 +368,18 @@ class Arena:
             return self.atom(Product, (id(left), id(right)), axes, left, right)
         return self._lin(step, self.sum(atom.axes, [(atom, 1.0)]), axes, atom.gaussian, atom.tangent)
 
-    def _summed(self, body: Sum, step: Relayout) -> Sum:
+    def _mapped(self, body: Sum, step: Relayout) -> Sum:
+        """A map that does not commute with functions: one atom for the random part."""
         axes = step.axes(body.axes)
         constant = body.constant
-        count = math.prod(body.axes[p].size for p in step.parameters)
-        if not isinstance(constant, float):
-            constant = self._moved_array(constant, body.axes, step)
-        else:
-            constant = constant * count
+        if not is_zero(constant):
+            full = np.full((1,) * len(body.axes), constant) if isinstance(constant, float) else constant
+            constant = self._moved_array(full, body.axes, step)
         if not body.terms:
             return self.sum(axes, (), constant)
         random = self.sum(body.axes, body.terms)
         tangent = any(atom.tangent for atom, _ in body.terms)
         return self.sum(axes, [(self._lin(step, random, axes, body.gaussian, tangent), 1.0)], constant)
-
-    def _summed_part(self, coefficient: Sum | None, gdot: Sum, step: Relayout) -> Sum:
-        if coefficient is not None:
-            gdot = self.sum(gdot.axes, [(atom, c * coefficient.constant) for atom, c in gdot.terms])
-        return self._summed(gdot, step)
 
     def _lin(self, step: Relayout, source, axes: Axes, gaussian: bool, tangent: bool) -> Lin:
         return self.atom(Lin, (id(source), step), axes, step, source, gaussian, tangent)

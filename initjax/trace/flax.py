@@ -4,7 +4,9 @@ linen modules, nnx modules, nnx factories and `(init_fn, apply_fn)` pairs look a
 (batch statistics, dropout counters) is fixed at its initial value and stays out of `params`.
 """
 
+import contextlib
 import dataclasses
+import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -110,13 +112,32 @@ def as_functional(model, inputs, *, apply_kwargs: dict | None = None, rngs=None)
         raise _not_a_model(model)
     else:
         kind, build = "nnx", _from_nnx_factory
-    init, apply, values, state = build(model, inputs, apply_kwargs, rngs)
+    with _lenient():
+        init, apply, values, state = build(model, inputs, apply_kwargs, rngs)
+    init, apply = _leniently(init), _leniently(apply)
     try:
         abstract_params = jax.eval_shape(init, jax.random.key(0))
         abstract_output = jax.eval_shape(apply, abstract_params, _abstract(inputs))
     except Exception as error:
         raise cannot_call(model, inputs, apply_kwargs, error) from error
     return Functional(kind, init, apply, inputs, values, abstract_params, abstract_output, state)
+
+
+def _lenient():
+    """The author's model decides how its dtypes mix; strict modes are for the caller's own code."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(jax.numpy_dtype_promotion("standard"))
+    stack.enter_context(jax.numpy_rank_promotion("allow"))
+    return stack
+
+
+def _leniently(function):
+    @functools.wraps(function)
+    def wrapped(*args):
+        with _lenient():
+            return function(*args)
+
+    return wrapped
 
 
 def _call_arguments(x) -> tuple[tuple, dict]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from initjax.trace.domain import Atom, Base, Ew, Lin, Product, Sum
+from initjax.trace.domain import Atom, Base, Ew, Lin, Product, Sum, Tangent
 
 
 def related(a: Base, b: Base) -> bool:
@@ -43,6 +43,17 @@ def reachable(bodies: list) -> list[Atom]:
                 found[thing.number] = thing
                 stack += sources(thing)
     return [found[number] for number in sorted(found)]
+
+
+def carries(atom: Atom) -> bool:
+    """Whether a tangent atom is a map of tangents with coefficients, so that it depends on primal fields."""
+    if not isinstance(atom, Lin):
+        return False
+    if isinstance(atom.source, Tangent):
+        return any(c is not None for c, _ in atom.source.parts) or any(
+            carries(a) for _, g in atom.source.parts for a, _ in g.terms
+        )
+    return any(carries(a) for a, _ in atom.source.terms)
 
 
 def bases_of(body: Sum) -> list[Base]:

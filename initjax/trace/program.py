@@ -49,8 +49,7 @@ def trace_program(functional: Functional, leaves: tuple[LeafStats, ...], x) -> P
     """
     shapes, tree = jax.tree.flatten(x)
     floating = tuple(bool(jnp.issubdtype(leaf.dtype, jnp.floating)) for leaf in shapes)
-    # the author's model decides how its dtypes mix; the strict modes are for callers' own code
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with jax.enable_x64(True):
 
         def struct(leaf, is_real=True):
             return jax.ShapeDtypeStruct(leaf.shape, jnp.float64 if is_real else leaf.dtype)

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from initjax.trace import expr as ex
-from initjax.trace.domain import Atom, Axis, Base, Const, Ew, Field, Lin, Product, Relayout, Sum, Tangent
+from initjax.trace.domain import Atom, Base, Const, Ew, Field, Lin, Product, Sum, Tangent
+from initjax.trace.graph import carries
 from initjax.trace.jaxpr import is_traced
+from initjax.trace.maps import Axis, Relayout, xp_of
 from initjax.trace.views import WeightView
 from initjax.trace.walk import Walk, const, near_of
 
@@ -31,18 +33,12 @@ def const_rule(walk: Walk, operands: list[Const]) -> list[Const]:
         ranks = len(shapes[0])
         values = [v.value.reshape((1,) * (ranks - np.ndim(v.value)) + np.shape(v.value)) for v in operands]
         common = np.broadcast_shapes(*(np.shape(v) for v in values))
-        xp = _xp(*values)
+        xp = xp_of(*values)
         out = walk.bind([xp.broadcast_to(v, common) for v in values])[0]
         return [Const(out, shapes[0], leaf)]
-    xp = _xp(*(v.value for v in operands))
+    xp = xp_of(*(v.value for v in operands))
     values = [v.value if np.shape(v.value) == v.shape else xp.broadcast_to(v.value, v.shape) for v in operands]
     return [const(out, shape, leaf) for out, shape in zip(walk.bind(values), shapes, strict=True)]
-
-
-def _xp(*values):
-    import jax.numpy as jnp
-
-    return jnp if any(is_traced(v) for v in values) else np
 
 
 # ------------------------------------------------------------------ bringing operands onto common axes
@@ -362,13 +358,16 @@ def times_tangent(walk: Walk, tangent: Tangent, factor: Sum, near: str) -> Tange
         return scaled(walk, tangent, factor.constant)
     parts = []
     for c, g in tangent.parts:
-        if any(isinstance(atom, Lin) and isinstance(atom.source, Tangent) for atom, _ in g.terms):
+        if any(carries(atom) for atom, _ in g.terms):
             raise walk.refuse(
                 near,
                 "the derivative of a nonlinearity after a position average of activations depends on several Gaussians",
                 _MEASURE,
             )
-        parts.append((factor if c is None else product(walk, c, factor, near), g))
+        # a known factor goes to the coefficient, where the same factor stands in the primal field
+        h, known = walk.arena.unscaled(g)
+        own = scaled(walk, factor, known)
+        parts.append((own if c is None else product(walk, c, own, near), h))
     return Tangent(tangent.axes, tuple(parts))
 
 
@@ -659,7 +658,7 @@ def _mean_over_channels(walk: Walk, value: Field, axes: list[int]) -> Const:
     if len(kept) != len(shape):  # positions that the program sees as one axis
         groups = [count for p, count in enumerate(value.groups) if p not in walk.equation.params["axes"]]
         full = [a for i, a in enumerate(value.body.axes) if i not in axes]
-        xp = _xp(mean)
+        xp = xp_of(mean)
         mean = xp.broadcast_to(mean, tuple(a.size for a in full)).reshape(shape) if max(groups) > 1 else mean
     return const(mean, shape) if np.shape(mean) == shape else Const(mean, shape)
 

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from initjax.errors import UnsupportedLayerError
-from initjax.trace.domain import Arena, Axis, Base, Const, Field, Product, Sum, Tangent
+from initjax.trace.domain import Arena, Base, Const, Field, Product, Sum, Tangent
 from initjax.trace.flax import layer_of
 from initjax.trace.graph import independent, reachable, separable
 from initjax.trace.inline import Equation
 from initjax.trace.jaxpr import float64, is_traced
+from initjax.trace.maps import Axis
 from initjax.trace.names import refusal
 from initjax.trace.pointwise import is_pointwise
 from initjax.trace.program import Program
@@ -143,7 +144,7 @@ class Walk:
 
     def run(self, inputs: list[Any]) -> Walked:
         """Walk the program on concrete or traced input leaves."""
-        from initjax.trace import contract  # noqa: F401  (adds its rules)
+        from initjax.trace import spatial  # noqa: F401  (adds its rules, and those of contract)
         from initjax.trace.rules import RULES, const_rule, nonlinear
 
         values = self._start(inputs)
@@ -350,8 +351,8 @@ def _reason(name: str) -> tuple[str, str]:
         "scan": "a loop whose body mixes weights and activations is not covered yet",
         "while": "the number of turns of a data-dependent loop is not known when the model is traced",
         "cond": "which branch is taken depends on data",
-        "conv_general_dilated": "convolutions are not covered yet",
         "reduce_max": "a maximum over positions or channels is not a function of one Gaussian",
+        "reduce_window_max": "a maximum over positions (max-pooling) is not a function of one Gaussian",
         "argmax": "it depends on the order of the entries, not on Gaussian moments",
         "sort": "it depends on the order of the entries, not on Gaussian moments",
         "gather": "picking entries by index is not covered yet",

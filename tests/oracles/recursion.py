@@ -125,3 +125,59 @@ def mlp(x1, x2, activation, variances, biases, widths):
         thetas[("bias", layer)] = np.ones_like(features["12"])
         covs.append(tuple(var_w * features[s] + var_b for s in ("12", "11", "22")))
     return covs[-1][0], thetas, covs, chis
+
+
+def conv_covariance(cov, window, stride, padding):
+    """Covariance of a convolution's patches, per unit weight variance and channel, position by position.
+
+    cov : (n, h, w, n, h, w). Sums cov over the taps of a square window; `padding` is "SAME" or "CIRCULAR" (odd window).
+    """
+    n, h, w = cov.shape[:3]
+    high, wide = -(-h // stride), -(-w // stride)
+    total_h = max((high - 1) * stride + window - h, 0) if padding == "SAME" else window - 1
+    total_w = max((wide - 1) * stride + window - w, 0) if padding == "SAME" else window - 1
+    top, left = total_h // 2, total_w // 2
+    out = np.zeros((n, high, wide, n, high, wide))
+
+    def source(i, j, a, b):
+        y, x = i * stride + a - top, j * stride + b - left
+        if padding == "CIRCULAR":
+            return y % h, x % w
+        return (y, x) if 0 <= y < h and 0 <= x < w else None
+
+    for i, j, k, m in np.ndindex(high, wide, high, wide):
+        for a, b in np.ndindex(window, window):
+            one, two = source(i, j, a, b), source(k, m, a, b)
+            if one is not None and two is not None:
+                out[:, i, j, :, k, m] += cov[:, one[0], one[1], :, two[0], two[1]]
+    return out
+
+
+def through_activation(activation, cov):
+    """(E[phi phi], E[phi' phi']) of a covariance over examples and positions."""
+    shape, count = cov.shape, int(np.prod(cov.shape[: cov.ndim // 2]))
+    flat = cov.reshape(count, count)
+    return tuple(on_matrix(d, flat, np.diag(flat), np.diag(flat)).reshape(shape) for d in ACTIVATIONS[activation])
+
+
+def cnn(x, activation, width, variances, bias, strides, padding, readout):
+    """NNGP and summed NTK of conv layers (window 3) and a Dense readout after flatten ("flat") or a mean ("mean").
+
+    variances : of one weight entry, for each conv layer and for the readout; bias : variance of the conv biases.
+    """
+    features = np.einsum("aijc,bklc->aijbkl", x, x)
+    theta = np.zeros_like(features)
+    for layer, (var, stride) in enumerate(zip(variances[:-1], strides, strict=True)):
+        fan = width if layer else 1
+        patches = fan * conv_covariance(features, 3, stride, padding)
+        cov = var * patches + bias
+        through = var * fan * conv_covariance(theta, 3, stride, padding)
+        value, slope = through_activation(activation, cov)
+        features, theta = value, slope * (patches + 1 + through)
+    n, h, w = features.shape[:3]
+    if readout == "flat":
+        pick = lambda m: np.einsum("aijbij->ab", m)  # noqa: E731
+    else:
+        pick = lambda m: np.einsum("aijbkl->ab", m) / (h * w) ** 2  # noqa: E731
+    nngp = variances[-1] * width * pick(features)
+    return nngp, width * pick(features) + 1 + variances[-1] * width * pick(theta)

@@ -1,0 +1,183 @@
+"""Convolutions, pooling, padding and concatenation: steps over positions.
+
+A convolution is a sum over the taps of its window: tap o shifts the field and contracts its channels with W[o]. Taps
+have disjoint weights, so they are independent Gaussians; stride, dilation, padding and transposed convolutions are only
+different shifts.
+"""
+
+import itertools
+from typing import Any
+
+import numpy as np
+
+from initjax.trace.contract import contract
+from initjax.trace.domain import Const, Field, Sum, Tangent
+from initjax.trace.maps import Box, Relayout, Window
+from initjax.trace.rules import RULES, _transposed, _zeros, total
+from initjax.trace.views import WeightView
+from initjax.trace.walk import Walk, near_of
+
+_MEASURE = "measure this model at finite width with ij.empirical_ntk"
+
+
+def _convolution(walk: Walk, operands):
+    assert walk.equation is not None
+    data, kernel = operands
+    params = walk.equation.params
+    if any(isinstance(v, Const) and v.scalar == 0 for v in operands):
+        return [_zeros(walk)]
+    if isinstance(kernel, Const) or isinstance(data, WeightView):
+        raise walk.refuse(
+            near_of(operands),
+            "a convolution with a known kernel (a blur) acts on random activations"
+            if isinstance(kernel, Const)
+            else "a weight is convolved before it meets the data",
+            _MEASURE,
+            what="a convolution with a fixed kernel" if isinstance(kernel, Const) else "",
+        )
+    if not isinstance(kernel, WeightView):
+        raise walk.refuse(near_of(operands), "the kernel of the convolution is itself a random field", _MEASURE)
+    if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
+        raise walk.refuse(
+            near_of(operands),
+            "a grouped or depthwise convolution sums over few channels each: no central limit theorem over channels "
+            "applies",
+            _MEASURE,
+            what="a grouped convolution",
+        )
+    numbers = params["dimension_numbers"]
+    if isinstance(data, Const):
+        data = Field(walk.as_sum(data), (1,) * len(data.shape))
+    spatial, out_spatial = numbers.lhs_spec[2:], numbers.out_spec[2:]
+    out_shape = walk.program.body.avals[walk.equation.outputs[0]].shape
+    if any(data.groups[a] != 1 for a in (numbers.lhs_spec[0], *spatial)):
+        raise walk.refuse(data.near, "positions and channels were merged into one axis before", _MEASURE)
+    starts = np.concatenate([[0], np.cumsum(data.groups)])
+    weights = kernel.transposed((*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0]))
+    window = weights.shape[:-2]
+    bodies, result = [], None
+    for taps in itertools.product(*map(range, window)):
+        windows: list[Window | None] = [None] * len(data.body.axes)
+        for i, tap in enumerate(taps):
+            axis = int(starts[spatial[i]])
+            shift = tap * params["rhs_dilation"][i] - params["padding"][i][0]
+            windows[axis] = Window.tap(
+                data.body.axes[axis].size,
+                out_shape[out_spatial[i]],
+                params["window_strides"][i],
+                shift,
+                params["lhs_dilation"][i],
+            )
+        if any(w is not None and w.count == 0 for w in windows):
+            continue  # the tap only ever meets padding
+        body = data.body
+        if any(w is not None and not w.is_identity(a.size) for w, a in zip(windows, body.axes, strict=True)):
+            body = walk.arena.relayout(body, Relayout("window", tuple(windows)))
+        ends = tuple(t + 1 for t in taps)
+        one = weights.sliced((*taps, 0, 0), (*ends, *weights.shape[-2:]), (1,) * len(weights.shape))
+        one = one.reshaped(weights.shape[-2:])
+        assert one is not None
+        result = contract(walk, Field(body, data.groups, data.near), one, (numbers.lhs_spec[1],), (0,), False)
+        bodies.append(result.body)
+    if result is None:
+        return [_zeros(walk)]
+    field = Field(total(walk, bodies) if len(bodies) > 1 else bodies[0], result.groups, result.near)
+    # contract leaves the kept axes in the data's order and the channels last
+    order = [axis for axis in range(len(out_shape)) if axis != numbers.lhs_spec[1]]
+    names = {axis: numbers.out_spec[numbers.lhs_spec.index(axis)] for axis in order}
+    layout = [names[axis] for axis in order] + [numbers.out_spec[1]]
+    if layout != sorted(layout):
+        moved, groups = _transposed(walk, field, [layout.index(i) for i in range(len(layout))])
+        field = Field(moved, groups, field.near)
+    if not kernel.tangent:
+        walk.record(field.near, field)
+    return [field]
+
+
+def _window_sum(walk: Walk, operands):
+    assert walk.equation is not None
+    params, (value,) = walk.equation.params, operands
+    if not isinstance(value, Field):
+        raise walk.refuse("", "a window over a weight", _MEASURE)
+    body = value.body
+    at = 0
+    for i, count in enumerate(value.groups):
+        size, stride, (low, high) = params["window_dimensions"][i], params["window_strides"][i], params["padding"][i]
+        base, dilation = params["base_dilation"][i], params["window_dilation"][i]
+        if (size, stride, low, high, base) != (1, 1, 0, 0, 1):
+            axis = body.axes[at]
+            if count != 1 or axis.channel or base != 1:
+                raise walk.refuse(value.near, "a window over channels mixes independent entries", _MEASURE)
+            out = walk.program.body.avals[walk.equation.outputs[0]].shape[i]
+            matrix = np.zeros((out, axis.size))
+            for j, k in itertools.product(range(out), range(size)):
+                source = j * stride + k * dilation - low
+                if 0 <= source < axis.size:
+                    matrix[j, source] += 1.0
+            body = walk.arena.relayout(body, Relayout("matrix", (at, Box(matrix))))
+        at += count
+    return [Field(body, value.groups, value.near)]
+
+
+def _pad(walk: Walk, operands):
+    assert walk.equation is not None
+    value, filler = operands
+    if not isinstance(value, Field) or not isinstance(filler, Const) or filler.scalar != 0:
+        raise walk.refuse(near_of(operands), "padding with values that are not zero", _MEASURE)
+    windows: list[Window | None] = []
+    for size, count, (low, high, interior) in zip(
+        value.shape, value.groups, walk.equation.params["padding_config"], strict=True
+    ):
+        if (low, high, interior) == (0, 0, 0):
+            windows += [None] * count
+            continue
+        if count != 1 or value.body.axes[len(windows)].channel:
+            raise walk.refuse(
+                value.near, "channels are padded: the new ones are not distributed as the others", _MEASURE
+            )
+        out = low + high + size + (size - 1) * interior
+        windows.append(Window.tap(size, out, 1, -low, interior + 1))
+    body = walk.arena.relayout(value.body, Relayout("window", tuple(windows)))
+    return [Field(body, value.groups, value.near)]
+
+
+def _concatenate(walk: Walk, operands):
+    """Along positions: every part is padded to the whole length, and the parts are added."""
+    assert walk.equation is not None
+    axis = walk.equation.params["dimension"]
+    fields = [v for v in operands if isinstance(v, Field)]
+    if any(isinstance(v, WeightView) for v in operands):
+        raise walk.refuse(near_of(operands), "a weight is concatenated with another array", _MEASURE)
+    like = fields[0]
+    at = sum(like.groups[:axis])
+    if like.groups[axis] != 1 or like.body.axes[at].channel:
+        raise walk.refuse(
+            like.near,
+            "channels of different layers stand side by side, which this version does not track",
+            "apply one Dense or Conv to each part and add the results: the same function",
+            what="concatenation along channels",
+        )
+    length = sum(v.shape[axis] for v in operands)
+    bodies, before = [], 0
+    for value in operands:
+        size = value.shape[axis]
+        if isinstance(value, Const):
+            if value.scalar != 0:
+                raise walk.refuse(like.near, "a known array is concatenated with activations", _MEASURE)
+        else:
+            if value.groups != like.groups or type(value.body) is not type(like.body):
+                raise walk.refuse(like.near, "the parts of a concatenation are of different kinds", _MEASURE)
+            windows: list[Any] = [None] * len(value.body.axes)
+            windows[at] = Window(length, before, 1, 0, 1, size)
+            bodies.append(walk.arena.relayout(value.body, Relayout("window", tuple(windows))))
+        before += size
+    assert all(isinstance(b, (Sum, Tangent)) for b in bodies)
+    return [Field(total(walk, bodies) if len(bodies) > 1 else bodies[0], like.groups, near_of(operands))]
+
+
+RULES |= {
+    "conv_general_dilated": _convolution,
+    "reduce_window_sum": _window_sum,
+    "pad": _pad,
+    "concatenate": _concatenate,
+}
