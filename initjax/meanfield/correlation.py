@@ -10,8 +10,10 @@ import numpy as np
 from initjax.gaussian.activation import Activation
 from initjax.gaussian.closed import recognise
 from initjax.gaussian.dual import host_pair
-from initjax.gaussian.nodes import legendre
+from initjax.gaussian.nodes import legendre, legendre_transform
+from initjax.gaussian.price import average_slope, curvature_of, graded_edges
 from initjax.gaussian.series import series
+from initjax.meanfield.table import raw_moments
 
 _SMALL = 1e-4  # (1 - c) q below which Gamma' is averaged instead of M - Gamma taken
 _FEW = 8  # nodes of that average: Gamma' is a polynomial in sqrt(1 - c) there
@@ -32,6 +34,8 @@ def width_function(act: Activation, q: float, moment: float):
 
         if found.resolved:
             return lambda delta: by_series(np.atleast_1d(delta))
+        if curvature_of(act).usable:
+            return _tabulated(act, q)
         # the cut terms may be taken as c^k = 0 from here on
         series_from = -np.expm1(np.log(1e-13 * found.square / found.tail) / len(found.a))
     else:
@@ -58,6 +62,22 @@ def width_function(act: Activation, q: float, moment: float):
         return out
 
     return otherwise
+
+
+def _tabulated(act: Activation, q: float):
+    """w(q, c) as a piecewise polynomial in theta = arccos c, from Price's theorem applied twice."""
+    edges = graded_edges(act, q)
+    slope = raw_moments(act, np.array([q]))[1]
+    w = average_slope(act, np.array([q]), slope, edges, 14)[1][0]
+    rows = w @ legendre_transform(14)
+
+    def interpolated(delta):
+        theta = 2 * np.arcsin(np.sqrt(np.atleast_1d(delta) / 2))
+        panel = np.clip(np.searchsorted(edges, theta, side="right") - 1, 0, len(rows) - 1)
+        t = (2 * theta - edges[panel] - edges[panel + 1]) / (edges[panel + 1] - edges[panel])
+        return np.polynomial.legendre.legval(t, rows[panel].T, tensor=False)
+
+    return interpolated
 
 
 def attracting_correlation(act: Activation, q: float, moment: float, variance_w: float, variance_b: float):

@@ -124,7 +124,7 @@ def _concrete(act, w, b, q0) -> dict:
 
 def _finish(act, table, vw, vb, dead, q, safe, inside, m, d, chi_q) -> dict:
     """Polish where the table's rounding is amplified, fill in q = 0 and q = inf, name the phases."""
-    weak = inside & (np.abs(1 - chi_q) < 0.05)
+    weak = inside & (np.abs(1 - chi_q) < 0.01)
     if weak.any() and weak.sum() <= 20_000:  # the table's 1e-13 is amplified by 1 / (1 - chi_q)
         for _ in range(2):
             exact = raw_moments(act, safe[weak])
