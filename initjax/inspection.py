@@ -271,7 +271,8 @@ def _join(predicted: Any, measured: Any, n: int) -> tuple[LayerReport, ...]:
                 correlation_measured=_correlation(measured, i, off) if n > 1 else None,
                 gradient_measured=_over(gradient[:, i]),
             )
-    for layer in predicted.layers if predicted is not None else ():
+    layers: tuple[Any, ...] = predicted.layers if predicted is not None else ()
+    for layer in layers:
         rows.setdefault(last_use.get(layer.name, layer.name), {}).update(
             q=float(np.mean(layer.q)),
             correlation=float(np.mean(np.asarray(layer.correlation)[off])) if n > 1 else None,
