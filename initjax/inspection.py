@@ -273,7 +273,8 @@ def _join(predicted: Any, measured: Any, n: int) -> tuple[LayerReport, ...]:
             )
     layers: tuple[Any, ...] = predicted.layers if predicted is not None else ()
     for layer in layers:
-        rows.setdefault(last_use.get(layer.name, layer.name), {}).update(
+        name = str(layer.name)
+        rows.setdefault(last_use.get(name, name), {}).update(
             q=float(np.mean(layer.q)),
             correlation=float(np.mean(np.asarray(layer.correlation)[off])) if n > 1 else None,
             chi=_number(layer.chi),
