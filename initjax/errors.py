@@ -48,3 +48,14 @@ class UnsupportedLayerError(InputError):
 
 class UnstableCriticalPointWarning(UserWarning):
     """The returned point has chi_1 = 1, but the variance map leaves it (chi_q > 1)."""
+
+
+class UnnormalisedInputsWarning(UserWarning):
+    """The inputs are far from second moment 1, or differ widely in it; `quantity` and `value` carry the number."""
+
+    def __init__(self, message: str, quantity: str = "", value: float = float("nan")):
+        super().__init__(message)
+        self.quantity, self.value = quantity, value
+
+    def __reduce__(self):
+        return type(self), (*self.args, self.quantity, self.value)
