@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     from initjax.meanfield import FixedPoint as FixedPoint
     from initjax.meanfield import PhaseDiagram as PhaseDiagram
     from initjax.meanfield import Trajectory as Trajectory
+    from initjax.meanfield import Universality as Universality
     from initjax.meanfield import critical as critical
     from initjax.meanfield import critical_points as critical_points
     from initjax.meanfield import fixed_point as fixed_point
     from initjax.meanfield import phase_diagram as phase_diagram
     from initjax.meanfield import propagate as propagate
+    from initjax.meanfield import universality as universality
     from initjax.spectrum import condition_number as condition_number
     from initjax.spectrum import effective_rank as effective_rank
     from initjax.spectrum import max_learning_rate as max_learning_rate
@@ -58,11 +60,13 @@ _HOME = {
     "FixedPoint": "meanfield",
     "PhaseDiagram": "meanfield",
     "Trajectory": "meanfield",
+    "Universality": "meanfield",
     "critical": "meanfield",
     "critical_points": "meanfield",
     "fixed_point": "meanfield",
     "phase_diagram": "meanfield",
     "propagate": "meanfield",
+    "universality": "meanfield",
     "condition_number": "spectrum",
     "effective_rank": "spectrum",
     "max_learning_rate": "spectrum",

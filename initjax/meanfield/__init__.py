@@ -9,3 +9,5 @@ from initjax.meanfield.results import CriticalPoint as CriticalPoint
 from initjax.meanfield.results import FixedPoint as FixedPoint
 from initjax.meanfield.results import Trajectory as Trajectory
 from initjax.meanfield.trajectory import propagate as propagate
+from initjax.meanfield.universality import Universality as Universality
+from initjax.meanfield.universality import universality as universality

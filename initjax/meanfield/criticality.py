@@ -60,7 +60,7 @@ def bias_variance(act: Activation, q: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def critical_line(act: Activation) -> Line:
     """The curve sigma_b^2 = f(q), finely sampled from q = 1e-16 to the end of the table."""
     table = table_of(act)
-    q = np.exp(np.arange(np.log(1e-16), np.log(table.q_high), 0.0625))
+    q = np.exp(np.arange(np.log(max(1e-16, table.q_low)), np.log(table.q_high), 0.0625))
     t = table(np, q)
     f, noise = q - t.m / np.maximum(t.d, 1e-300), 3e-13 * (q + t.m / np.maximum(t.d, 1e-300))
     small = q < _SMOOTH_BELOW

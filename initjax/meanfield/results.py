@@ -10,7 +10,7 @@ from typing import Any, TypeVar, dataclass_transform
 import jax
 import numpy as np
 
-_TEXT = ("phase", "kind")
+_TEXT = ("phase", "kind", "note")
 T = TypeVar("T")
 
 
@@ -129,9 +129,16 @@ class Trajectory:
     c : correlation of two inputs that both start at q0.
     chi : sigma_w^2 E[phi'^2] at q, the gradient's second-moment factor from the next layer to this one.
     gradient : E|dL/dh_l|^2 relative to the last layer, the product of chi from l to depth - 1; gradient[depth] = 1.
+        0 or inf where float64 ends; log_gradient goes on.
+    one_minus_c : 1 - c with all its digits; c itself rounds to 1 at 1e-16.
+    log_one_minus_c, log_gradient : natural logarithms, finite at any depth; -inf only where the argument is exactly 0.
+        These three are None for trajectories of blocks.
     """
 
     q: Any
     c: Any
     chi: Any
     gradient: Any
+    one_minus_c: Any = None
+    log_one_minus_c: Any = None
+    log_gradient: Any = None

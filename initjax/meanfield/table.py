@@ -109,13 +109,13 @@ def table_of(act: Activation) -> Table:
     """
     nodes, _ = legendre(DEGREE)
     transform = legendre_transform(DEGREE)
-    q_high, power = _Q_HIGH, 1.0 if vanishes_at_zero(act) else 0.0
+    q_low, q_high, power = _lowest(act), _Q_HIGH, 1.0 if vanishes_at_zero(act) else 0.0
     oscillates = (recognise(act) or ("",))[0] in ("wave", "exp")
     while not oscillates and q_high > 1e3 and _cells(act, q_high) > _AFFORDABLE:
         q_high /= 10.0
     for width in (_CELL, _CELL / 2, _CELL / 4):
         while True:
-            low = np.log(_Q_LOW)
+            low = np.log(q_low)
             cells = int(np.floor((np.log(q_high) - low) / width))
             q = np.exp(low + width * (np.arange(cells)[:, None] + (nodes + 1) / 2))
             try:
@@ -148,7 +148,23 @@ def table_of(act: Activation) -> Table:
                 "fixed points would be less accurate than promised.",
                 "use ij.gaussian.moment at single values of q.",
             )
-    return Table(rows @ _monomials(DEGREE), low, width, _Q_LOW, float(np.exp(low + width * cells)), power)
+    return Table(rows @ _monomials(DEGREE), low, width, q_low, float(np.exp(low + width * cells)), power)
+
+
+def _lowest(act: Activation) -> float:
+    """The smallest q whose moments are not rounding: tanh(x + b) - tanh(b) carries 1e-17 beside x."""
+    nodes, _ = legendre(DEGREE)
+    for q_low in (_Q_LOW, 1e-16, 1e-13, 1e-10, 1e-7):
+        q = q_low * np.exp(_CELL * (nodes + 1) / 2)
+        try:
+            m, d, _ = raw_moments(act, q)
+        except QuadratureError:
+            continue
+        with np.errstate(all="ignore"):
+            rows = np.log(np.maximum(np.stack([m / q, d]), 1e-300)) @ legendre_transform(DEGREE)
+        if np.abs(rows[:, -4:]).max() < _RESOLVED / 10:
+            return q_low
+    return _Q_LOW
 
 
 def _cells(act: Activation, q: float) -> float:
