@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from initjax import gaussian as gaussian
     from initjax import initializers as initializers
+    from initjax import layers as layers
     from initjax.empirical import empirical_ntk as empirical_ntk
     from initjax.empirical import measure as measure
     from initjax.errors import InputError as InputError
     from initjax.errors import NoCriticalPointError as NoCriticalPointError
     from initjax.errors import NotElementwiseError as NotElementwiseError
     from initjax.errors import QuadratureError as QuadratureError
+    from initjax.errors import UnnormalisedInputsWarning as UnnormalisedInputsWarning
     from initjax.errors import UnstableCriticalPointWarning as UnstableCriticalPointWarning
     from initjax.errors import UnsupportedLayerError as UnsupportedLayerError
     from initjax.gaussian import Activation as Activation
@@ -25,12 +27,14 @@ if TYPE_CHECKING:
     from initjax.inspection import inspect as inspect
     from initjax.meanfield import CriticalPoint as CriticalPoint
     from initjax.meanfield import FixedPoint as FixedPoint
+    from initjax.meanfield import Inputs as Inputs
     from initjax.meanfield import PhaseDiagram as PhaseDiagram
     from initjax.meanfield import Trajectory as Trajectory
     from initjax.meanfield import Universality as Universality
     from initjax.meanfield import critical as critical
     from initjax.meanfield import critical_points as critical_points
     from initjax.meanfield import fixed_point as fixed_point
+    from initjax.meanfield import inputs as inputs
     from initjax.meanfield import phase_diagram as phase_diagram
     from initjax.meanfield import propagate as propagate
     from initjax.meanfield import universality as universality
@@ -42,12 +46,14 @@ if TYPE_CHECKING:
 _HOME = {
     "gaussian": "gaussian",
     "initializers": "initializers",
+    "layers": "layers",
     "empirical_ntk": "empirical",
     "measure": "empirical",
     "InputError": "errors",
     "NoCriticalPointError": "errors",
     "NotElementwiseError": "errors",
     "QuadratureError": "errors",
+    "UnnormalisedInputsWarning": "errors",
     "UnstableCriticalPointWarning": "errors",
     "UnsupportedLayerError": "errors",
     "Activation": "gaussian",
@@ -58,12 +64,14 @@ _HOME = {
     "inspect": "inspection",
     "CriticalPoint": "meanfield",
     "FixedPoint": "meanfield",
+    "Inputs": "meanfield",
     "PhaseDiagram": "meanfield",
     "Trajectory": "meanfield",
     "Universality": "meanfield",
     "critical": "meanfield",
     "critical_points": "meanfield",
     "fixed_point": "meanfield",
+    "inputs": "meanfield",
     "phase_diagram": "meanfield",
     "propagate": "meanfield",
     "universality": "meanfield",

@@ -2,6 +2,8 @@
 
 from initjax.meanfield.criticality import critical as critical
 from initjax.meanfield.criticality import critical_points as critical_points
+from initjax.meanfield.dataset import Inputs as Inputs
+from initjax.meanfield.dataset import inputs as inputs
 from initjax.meanfield.diagram import PhaseDiagram as PhaseDiagram
 from initjax.meanfield.diagram import phase_diagram as phase_diagram
 from initjax.meanfield.fixed import fixed_point as fixed_point

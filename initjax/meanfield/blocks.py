@@ -8,6 +8,8 @@ Sources: Poole et al. 2016 (arXiv:1606.05340), eqs. 3-7; Schoenholz et al. 2017 
 Yang and Schoenholz 2017 (arXiv:1712.08969) for residual blocks.
 """
 
+from typing import Any
+
 import numpy as np
 
 from initjax.errors import InputError
@@ -24,14 +26,15 @@ _STILL = 2e-13  # |V(q) / q - 1| below this is rounding: q is a fixed point
 _FAR = 1e12
 
 
-def propagate(block: Layer, depth: int, q0=1.0, c0=0.5) -> Trajectory:
+def propagate(block, depth, q0: Any = 1.0, c0: Any = 0.5) -> Trajectory:
     """Second moment, correlation and gradients through `depth` copies of a block with weights of their own.
 
     Parameters
     ----------
     block : Layer, for example Activation(phi) >> Dense(sigma_w, sigma_b), or a sequence of `depth` Layers.
     depth : number of blocks, an integer >= 0.
-    q0, c0 : second moment and correlation of two inputs at the first block; they broadcast.
+    q0, c0 : second moment and correlation of two inputs at the first block; they broadcast. c0=None follows one input
+        alone, which is much faster in deep networks whose q keeps changing; c is then nan.
 
     Returns
     -------
@@ -83,7 +86,7 @@ def propagate(block: Layer, depth: int, q0=1.0, c0=0.5) -> Trajectory:
     lost = np.zeros(np.shape(now.q1), bool)
     for layer in range(depth + 1):
         qs[layer] = np.where(lost, np.inf, now.q1)
-        cs[layer] = np.where(lost, np.nan, now.c)
+        cs[layer] = np.nan if now.k is None else np.where(lost, np.nan, now.c)
         if layer == len(blocks):
             break
         with np.errstate(over="ignore"):
@@ -92,7 +95,8 @@ def propagate(block: Layer, depth: int, q0=1.0, c0=0.5) -> Trajectory:
         far = ~(np.asarray(after.q1) <= _FAR)
         lost = lost | far
         if far.any():
-            fill = {n: np.where(far, v, getattr(after, n)) for n, v in dict(q1=1.0, q2=1.0, k=0.0).items()}
+            instead = dict(q1=1.0, q2=1.0) if after.k is None else dict(q1=1.0, q2=1.0, k=0.0)
+            fill = {n: np.where(far, v, getattr(after, n)) for n, v in instead.items()}
             after = after.replace(**fill, mean1=np.where(far, 0.0, after.mean1), mean2=np.where(far, 0.0, after.mean2))
         now = after
     gradient = np.ones_like(chis)
@@ -104,7 +108,7 @@ def propagate(block: Layer, depth: int, q0=1.0, c0=0.5) -> Trajectory:
 
 def _afresh(now: State) -> State:
     one = np.ones(np.shape(now.q1))[()]
-    return now.replace(chi=one, chi_k=one)
+    return now.replace(chi=one, chi_k=None)
 
 
 def variance_map(block: Layer, q):
@@ -122,7 +126,7 @@ def slope(block: Layer, q: float) -> float:
     return float(nearest) if nearest in (0, 1) and abs(value - nearest) < 1e-11 else value
 
 
-def fixed_point(block: Layer, q0=1.0) -> FixedPoint:
+def fixed_point(block: Any, q0=1.0) -> FixedPoint:
     """The state that infinitely many copies of a block tend to, its phase and its depth scales, in blocks.
 
     Parameters
@@ -194,10 +198,16 @@ def check_block(block, q0) -> float:
         raise InputError(
             f"q0 = {q0}.", "one number > 0.", "the iteration starts at one second moment.", "loop over several q0."
         )
-    after = block.step(state(np.array([0.7, 1.3]), None))
-    if np.shape(after.q1) != (2,):
+    try:
+        after = block.step(state(np.array([0.7, 1.3]), None))
+        shape = np.shape(after.q1)
+    except ValueError as error:
+        if isinstance(error, InputError) or "broadcast" not in str(error):
+            raise
+        after, shape = state(), None
+    if shape != (2,):
         raise InputError(
-            f"{block!r} maps one input to an array of shape {np.shape(after.q1)}.",
+            f"{block!r} has parameters that are arrays.",
             "a block with one value for each parameter.",
             "a fixed point is computed for one block at a time.",
             "loop over the parameter values.",

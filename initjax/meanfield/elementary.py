@@ -8,6 +8,7 @@ Sources: dropout: Schoenholz et al. 2017 (arXiv:1611.01232), section 5. Residual
 """
 
 import functools
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from initjax.gaussian.dual import cross
 from initjax.gaussian.expect import expect
 from initjax.gaussian.nodes import legendre, legendre_transform
 from initjax.meanfield.fixed import check_sigma
-from initjax.meanfield.state import Layer, State, check_layer, refuse_tracers
+from initjax.meanfield.state import Layer, State, check_layer, refuse_tracers, times
 from initjax.meanfield.table import DEGREE, table_of
 
 
@@ -48,7 +49,7 @@ class Dense(Layer):
         vw, vb = self.sigma_w**2, self.sigma_b**2
         q1, q2 = vw * state.q1 + vb, vw * state.q2 + vb
         zero = np.zeros_like(q1)[()]
-        pair = {} if state.k is None else {"k": vw * state.k + vb, "chi_k": vw * state.chi_k}
+        pair = {} if state.k is None else {"k": vw * state.k + vb, "chi_k": times(state.chi_k, vw)}
         return state.replace(q1=q1, q2=q2, mean1=zero, mean2=zero, chi=vw * state.chi, gaussian=True, **pair)
 
     def __repr__(self) -> str:
@@ -115,8 +116,9 @@ class Activation(Layer):
                 args = q1[rest], q2[rest], k[rest]
                 bound = np.sqrt(m1[rest]) * np.sqrt(np.asarray(m2)[rest])
                 overlap[rest] = np.clip(cross(act, act, *args), -bound, bound)
-                slope[rest] = cross(act.prime, act.prime, *args)
-            out["k"], out["chi_k"] = overlap[()], (state.chi_k * slope)[()]
+                if state.chi_k is not None:
+                    slope[rest] = cross(act.prime, act.prime, *args)
+            out["k"], out["chi_k"] = overlap[()], times(state.chi_k, slope[()])
         return state.replace(**out)
 
     def __repr__(self) -> str:
@@ -234,7 +236,7 @@ class LayerNorm(Layer):
         pair = {}
         if state.k is not None:
             norm = np.where(v1 == v2, v1, np.sqrt(v1) * np.sqrt(v2))  # exactly 1 for merged inputs
-            pair = {"k": ((state.k - m1 * m2) / norm)[()], "chi_k": (state.chi_k / norm)[()]}
+            pair = {"k": ((state.k - m1 * m2) / norm)[()], "chi_k": times(state.chi_k, (1 / norm)[()])}
         return state.replace(
             q1=one,
             q2=one,
@@ -298,7 +300,7 @@ class BatchNorm(Layer):
             return state.replace(q1=one, q2=one, mean1=zero, mean2=zero, chi=state.chi * np.nan)
         with np.errstate(divide="ignore", invalid="ignore"):
             chi = state.chi / (state.q1 - state.k)
-        return state.replace(q1=one, q2=one, k=zero, mean1=zero, mean2=zero, chi=chi, chi_k=state.chi_k * 0.0)
+        return state.replace(q1=one, q2=one, k=zero, mean1=zero, mean2=zero, chi=chi, chi_k=times(state.chi_k, 0.0))
 
     def __repr__(self) -> str:
         return "BatchNorm()"
@@ -329,7 +331,7 @@ class Residual(Layer):
     Yang and Schoenholz 2017 (arXiv:1712.08969), theorems 2, 3; Hayou et al. 2021 (arXiv:2010.12859) for alpha.
     """
 
-    def __init__(self, branch: Layer, alpha=1.0, skip=1.0):
+    def __init__(self, branch: Any, alpha=1.0, skip=1.0):
         check_layer(branch, "Residual")
         refuse_tracers("Residual", alpha, skip)
         if not any(isinstance(part, Dense) or getattr(part, "has_weights", False) for part in branch.within()):
@@ -348,7 +350,8 @@ class Residual(Layer):
                     "it multiplies one path of the residual block.",
                     "pass for example alpha = depth**-0.5.",
                 )
-        self.branch, self.alpha, self.skip = branch, np.float64(alpha), np.float64(skip)
+        self.branch: Layer = branch
+        self.alpha, self.skip = np.float64(alpha), np.float64(skip)
 
     def step(self, state: State) -> State:
         inner = self.branch.step(state)
@@ -357,10 +360,9 @@ class Residual(Layer):
         f1, f2 = a * inner.mean1, a * inner.mean2
         pair = {}
         if state.k is not None:
-            pair = {
-                "k": s * s * state.k + a * a * inner.k + m1 * f2 + f1 * m2,
-                "chi_k": s * s * state.chi_k + a * a * inner.chi_k,
-            }
+            pair = {"k": s * s * state.k + a * a * inner.k + m1 * f2 + f1 * m2}
+            if state.chi_k is not None:
+                pair["chi_k"] = s * s * state.chi_k + a * a * inner.chi_k
         return state.replace(
             q1=s * s * state.q1 + a * a * inner.q1 + 2 * m1 * f1,
             q2=s * s * state.q2 + a * a * inner.q2 + 2 * m2 * f2,

@@ -26,7 +26,7 @@ from initjax.gaussian.dual import _check_c, cross
 from initjax.gaussian.expect import check_q
 from initjax.meanfield.fixed import check_sigma
 from initjax.meanfield.results import result
-from initjax.meanfield.state import Layer, State, refuse_tracers
+from initjax.meanfield.state import Layer, State, refuse_tracers, times
 from initjax.meanfield.table import table_of
 
 
@@ -167,7 +167,7 @@ class MinimalRNN(_Gated):
             x_k = x * self.correlation
             pair = {
                 "k": keep_k * k + new_k * x_k,
-                "chi_k": state.chi_k * (keep_k + vw * slope_k * (k + x_k)),
+                "chi_k": times(state.chi_k, keep_k + vw * slope_k * (k + x_k)),
             }
         return state.replace(q1=after, q2=after, chi=state.chi * chi, **pair)
 
@@ -217,7 +217,7 @@ class GRU(_Gated):
         pair = {}
         if k is not None:
             slope = keep_k + vw * keep_dk * (k + value_k) + new_k * value_dk * vw * (reset_k + vw * reset_dk * k)
-            pair = {"k": keep_k * k + new_k * value_k, "chi_k": state.chi_k * slope}
+            pair = {"k": keep_k * k + new_k * value_k, "chi_k": times(state.chi_k, slope)}
         return state.replace(q1=after, q2=after, chi=state.chi * chi, **pair)
 
 

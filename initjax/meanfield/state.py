@@ -33,7 +33,7 @@ class State:
     k : E[h1 h2]; None when only single inputs are followed.
     mean1, mean2 : means over the units, not zero after an activation that is not odd.
     chi : E[dh1^2] for a small change dh of unit size at the start: the gradient's second-moment factor.
-    chi_k : E[dh1 dh2] for the same small change of both inputs, which is dk_out / dk_in; None with k.
+    chi_k : E[dh1 dh2] for the same small change of both inputs, which is dk_out / dk_in; None when not followed.
     gaussian : whether the units are Gaussian, as they are after a dense layer and are not after an activation.
 
     Examples
@@ -67,6 +67,11 @@ class State:
     def replace(self, **changes) -> "State":
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+def times(follow, factor):
+    """chi_k after a layer, where it is followed at all."""
+    return None if follow is None else follow * factor
 
 
 def refuse_tracers(where: str, *values) -> None:
@@ -184,7 +189,7 @@ class Layer:
         """The state after this layer."""
         raise NotImplementedError
 
-    def __rshift__(self, other: "Layer") -> "Chain":
+    def __rshift__(self, other: Any) -> "Chain":
         return Chain(self, other)
 
     def within(self) -> tuple["Layer", ...]:
@@ -203,10 +208,12 @@ class Chain(Layer):
     0.887163
     """
 
-    def __init__(self, *layers: Layer):
+    def __init__(self, *layers: Any):
         for layer in layers:
             check_layer(layer, "Chain")
-        self.layers = tuple(part for layer in layers for part in (layer.layers if type(layer) is Chain else (layer,)))
+        self.layers: tuple[Layer, ...] = tuple(
+            part for layer in layers for part in (layer.layers if type(layer) is Chain else (layer,))
+        )
 
     def step(self, state: State) -> State:
         for layer in self.layers:
