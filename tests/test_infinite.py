@@ -20,6 +20,7 @@ X = RNG.normal(size=(4, 10)).astype(np.float32)
 SEQUENCE = RNG.normal(size=(3, 5, 6)).astype(np.float32)
 IMAGES = RNG.normal(size=(2, 4, 4, 3)).astype(np.float32)
 IMAGE_MODELS = (zoo.MaxPooled, zoo.Depthwise, zoo.Blurred)
+TOKENS = RNG.integers(0, 11, size=(3, 5))
 NAMES = ("relu", "leaky_relu", "abs", "erf", "gelu", "tanh")
 EXACT = 1e-10  # both sides are converged quadrature or closed forms in float64; seen: 1e-14
 
@@ -178,7 +179,12 @@ def test_flattened_and_pooled_sequences():
 
 @pytest.mark.parametrize(
     ("activation", "readout", "padding"),
-    [("relu", "flat", "SAME"), ("relu", "mean", "SAME"), ("relu", "mean", "CIRCULAR"), ("erf", "mean", "SAME")],
+    [
+        ("relu", "flat", "SAME"),
+        ("relu", "mean", "SAME"),
+        ("relu", "mean", "CIRCULAR"),
+        pytest.param("erf", "mean", "SAME", marks=pytest.mark.slow),
+    ],
 )
 def test_cnn_equals_the_independent_recursion(activation, readout, padding):
     positions = 4 if padding == "SAME" else 16
@@ -269,6 +275,62 @@ def test_gate_of_independent_branches():
     inner = x @ x.T + 1
     np.testing.assert_allclose(got.ntk, 128 * silu * cov + 1 + slope * cov * inner + silu * inner, rtol=EXACT)
     np.testing.assert_allclose(got.leaves["value/bias"], silu, rtol=EXACT)
+
+
+def test_glu_split_equals_two_layers():
+    """Two halves of one Dense are two independent Dense layers."""
+
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            a, b = (nn.Dense(128, bias_init=zoo.small)(x) for _ in range(2))
+            return nn.Dense(1)(a * nn.sigmoid(b))
+
+    split, two = (ij.kernel_fn(model, X)(X) for model in (zoo.GLU(), Two()))
+    np.testing.assert_allclose(split.nngp, two.nngp, rtol=1e-12)
+    np.testing.assert_allclose(split.ntk, two.ntk, rtol=1e-12)
+    whole = ij.kernel_fn(nn.Sequential([nn.Dense(64), nn.Dense(1)]), X)(X).nngp
+    np.testing.assert_allclose(ij.kernel_fn(zoo.HalfChannels(), X)(X).nngp, 2 * whole, rtol=1e-12)  # q + q
+
+
+# ------------------------------------------------------------------ loops, shared weights, embeddings
+
+
+def test_recurrent_network_by_scan():
+    """h_t = tanh(W h_(t-1) + U x_t), W shared: every pair of times by its own quadrature."""
+    got = ij.kernel_fn(zoo.ScannedRNN(), SEQUENCE)(SEQUENCE)
+    x = np.asarray(SEQUENCE, float)
+    n, t, d = x.shape
+    tanh = recursion.ACTIVATIONS["tanh"][0]
+    drive = np.einsum("asd,btd->satb", x, x) / d  # time, example, time, example
+    state = np.zeros((t, n, t, n))
+    variances = np.zeros((t, n))  # of the pre-activations, which every pair of times needs first
+    for lag in range(t):
+        for a in range(t - lag):
+            b = a + lag
+            cov = drive[a, :, b] + (state[a - 1, :, b - 1] if a else 0.0)
+            if lag == 0:
+                variances[a] = np.diag(cov)
+            state[a, :, b] = recursion.on_matrix(tanh, cov, variances[a], variances[b])
+            state[b, :, a] = state[a, :, b].T
+    np.testing.assert_allclose(got.nngp, state.mean(axis=(0, 2)), rtol=EXACT)
+
+
+def test_scanned_blocks_equal_looped_blocks():
+    scanned, looped = (ij.kernel_fn(model, X)(X) for model in (zoo.ScannedBlocks(), zoo.LoopedBlocks()))
+    np.testing.assert_allclose(scanned.nngp, looped.nngp, rtol=1e-12)
+    np.testing.assert_allclose(scanned.ntk, looped.ntk, rtol=1e-12)
+
+
+def test_embedding_is_a_contraction_with_one_hot_tokens():
+    got = ij.kernel_fn(zoo.TextClassifier(), TOKENS)(TOKENS)
+    hot = np.eye(11)[TOKENS].reshape(-1, 11)
+    variance = 1 / 32  # Flax: one over the number of features
+    cov = variance * hot @ hot.T  # times 32 channels times 1 / 32
+    relu = recursion.ACTIVATIONS["relu"][0]
+    q = np.diag(cov)
+    value = recursion.on_matrix(relu, cov, q, q).reshape(3, 5, 3, 5).mean(axis=(1, 3))
+    np.testing.assert_allclose(got.nngp, value, rtol=EXACT)
 
 
 @pytest.mark.slow
@@ -486,7 +548,7 @@ def test_bad_batches(batch, words):
 
 @pytest.mark.parametrize("model", zoo.REFUSED)
 def test_refusals_name_layer_primitive_and_reason(model):
-    x = {zoo.TokenMixing: SEQUENCE}.get(model, IMAGES if model in IMAGE_MODELS else X)
+    x = {zoo.TokenMixing: SEQUENCE, zoo.TiedEmbedding: TOKENS}.get(model, IMAGES if model in IMAGE_MODELS else X)
     with pytest.raises(UnsupportedLayerError, match=zoo.REFUSED[model]) as caught:
         ij.kernel_fn(model(), x)
     error = caught.value

@@ -257,6 +257,89 @@ class PreNormBlock(nn.Module):
         return nn.Dense(1)(self.norm()(x))
 
 
+class GLU(nn.Module):
+    """A gated linear unit as Flax has it: one Dense, split in two."""
+
+    width: int = 128
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(1)(nn.glu(nn.Dense(2 * self.width, bias_init=small)(x)))
+
+
+class Cell(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, carry, x):
+        carry = jnp.tanh(nn.Dense(self.width, name="hidden")(carry) + nn.Dense(self.width, name="input")(x))
+        return carry, carry
+
+
+class ScannedRNN(nn.Module):
+    """A recurrent network by nn.scan, its hidden states averaged."""
+
+    width: int = 128
+
+    @nn.compact
+    def __call__(self, x):
+        scan = nn.scan(Cell, variable_broadcast="params", split_rngs={"params": False}, in_axes=1, out_axes=1)
+        _, states = scan(self.width, name="cell")(jnp.zeros((x.shape[0], self.width), x.dtype), x)
+        return nn.Dense(1)(states.mean(axis=1))
+
+
+class Block(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.Dense(self.width)(nn.relu(nn.Dense(self.width)(nn.LayerNorm()(x)))), None
+
+
+class ScannedBlocks(nn.Module):
+    """Residual blocks stacked by nn.scan: every block its own weights."""
+
+    width: int = 128
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(self.width)(x)
+        scan = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        x, _ = scan(self.width, name="blocks")(x, None)
+        return nn.Dense(1)(x)
+
+
+class LoopedBlocks(nn.Module):
+    """The same blocks by a Python loop."""
+
+    width: int = 128
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(self.width)(x)
+        for _ in range(3):
+            x, _ = Block(self.width)(x, None)
+        return nn.Dense(1)(x)
+
+
+class TextClassifier(nn.Module):
+    """Embeddings of tokens, averaged."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        h = nn.relu(nn.Dense(64)(nn.Embed(11, 32)(tokens)))
+        return nn.Dense(1)(h.mean(axis=1))
+
+
+class TiedEmbedding(nn.Module):
+    """Embed and attend with one table."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        embed = nn.Embed(11, 64)
+        return embed.attend(nn.relu(nn.Dense(64)(embed(tokens)))).mean(axis=1)
+
+
 class DependentGate(nn.Module):
     """A gate whose two sides share a Gaussian."""
 
@@ -313,7 +396,7 @@ class DiagonalDelta(nn.Module):
 
 
 class HalfChannels(nn.Module):
-    """The first half of the channels gates nothing, it is only picked."""
+    """Two halves of one layer's channels are independent of each other."""
 
     @nn.compact
     def __call__(self, x):
@@ -351,10 +434,10 @@ REFUSED = {
     OffsetWeights: "mean",
     RawSkip: "varies along channels",
     DiagonalDelta: "not identically distributed",
-    HalfChannels: "independent copies",
     ChannelTranspose: "change places",
     SharedScalar: "repeated over all channels",
     MaxPooled: "maximum",
+    TiedEmbedding: "transpose",
     Depthwise: "depthwise",
     Blurred: "known kernel",
 }

@@ -10,10 +10,10 @@ import numpy as np
 
 from initjax.trace.domain import Base, Const, Field, Sum, Tangent
 from initjax.trace.flax import layer_of
-from initjax.trace.maps import Axis
+from initjax.trace.maps import Axis, xp_of
 from initjax.trace.rules import RULES, _zeros
 from initjax.trace.views import WeightView
-from initjax.trace.walk import Walk, is_perturbation, near_of
+from initjax.trace.walk import Walk, contraction_pattern, is_perturbation, near_of
 
 _MEASURE = "measure this model at finite width with ij.empirical_ntk"
 
@@ -38,8 +38,10 @@ def _dot_general(walk: Walk, operands):
     return [contract(walk, right, left, rc, lc, weight_first=True)]
 
 
-def contract(walk: Walk, data, view: WeightView, data_axes, weight_axes, weight_first: bool) -> Field:
-    """The Gaussian field sum_k W_k. x_.k over the given program axes of the data."""
+def contract(
+    walk: Walk, data, view: WeightView, data_axes, weight_axes, weight_first: bool, gaussian: bool = True
+) -> Field:
+    """The field sum_k W_k. x_.k over the given program axes of the data; Gaussian unless said otherwise."""
     if isinstance(data, Const):
         data = Field(walk.as_sum(data), (1,) * len(data.shape))
     near, body = data.near, data.body
@@ -54,14 +56,13 @@ def contract(walk: Walk, data, view: WeightView, data_axes, weight_axes, weight_
         raise walk.refuse(near, f"the weight {name} is repeated or permuted inside the contraction", _MEASURE)
     _check_channels(walk, body, contracted, name, near)
     walk.check_iid(view, near)
-    inner = range(len(contracted))
-    rows = [(sizes[i], body.axes[a].channel, moved.strides[i]) for i, a in enumerate(contracted)]
-    pattern = (tuple(sorted((r for r in rows if r[0] > 1), key=lambda r: -abs(r[2]))),)
-    pattern += (moved.pattern(range(len(contracted), len(moved.shape))),)
-    walk.use("contracted", moved, pattern, near)
+    # the contracted axes in the order of the weights' strides: partners in any other use of these weights
     strides = [abs(s) if n > 1 else 0 for s, n in zip(moved.strides, moved.shape, strict=True)]
-    by_stride = tuple(contracted[i] for i in sorted(inner, key=lambda i: -strides[i]))
-    _clt_note(walk, view, body, sizes, contracted)
+    order = sorted(range(len(contracted)), key=lambda i: -strides[i])
+    by_stride = tuple(contracted[i] for i in order)
+    moved = moved.transposed([*order, *range(len(contracted), len(moved.shape))])
+    walk.use("contracted", moved, contraction_pattern(body.axes, by_stride, moved), near)
+    _clt_note(walk, view, body, sizes, contracted, gaussian)
 
     channels = tuple(Axis(view.shape[a], True) for a in free)
     kept = tuple(a for i, a in enumerate(body.axes) if i not in contracted)
@@ -80,7 +81,7 @@ def contract(walk: Walk, data, view: WeightView, data_axes, weight_axes, weight_
         body,
         by_stride,
         layer,
-        True,
+        gaussian,
         tangent,
     )
     total = walk.arena.sum(axes, [(base, moved.scale)])
@@ -117,14 +118,14 @@ def _check_channels(walk: Walk, body, contracted, name: str, near: str) -> None:
     )
 
 
-def _clt_note(walk: Walk, view: WeightView, body, sizes, contracted) -> None:
+def _clt_note(walk: Walk, view: WeightView, body, sizes, contracted, gaussian: bool) -> None:
     """Say where the central limit theorem is used on few entries."""
     if view.tangent or isinstance(body, Tangent):
         return
     stats = walk.program.leaves[view.leaf]
     count = int(np.prod(sizes))
     if isinstance(body, Sum) and body.is_constant:
-        if not stats.gaussian:
+        if not stats.gaussian and gaussian:
             walk.note(
                 stats.name,
                 f"{stats.name}: its entries are not normally distributed and it sums over the {count} entries of the "
@@ -156,4 +157,36 @@ def _no_weight(left, right) -> tuple[str, str]:
     )
 
 
+def _gather(walk: Walk, operands):
+    """Rows of an embedding, picked by known indices: the contraction with a one-hot array."""
+    assert walk.equation is not None
+    table, indices = operands
+    numbers, sizes = walk.equation.params["dimension_numbers"], walk.equation.params["slice_sizes"]
+    shape = walk.program.body.avals[walk.equation.outputs[0]].shape
+    rows = (
+        isinstance(table, WeightView)
+        and isinstance(indices, Const)
+        and (numbers.start_index_map, numbers.collapsed_slice_dims) == ((0,), (0,))
+        and tuple(sizes) == (1, *table.shape[1:])
+        and tuple(numbers.offset_dims) == tuple(range(len(shape) - len(table.shape) + 1, len(shape)))
+        and not numbers.operand_batching_dims
+    )
+    if not rows:
+        raise walk.refuse(near_of(operands), "entries are picked by index in a way that is not covered", _MEASURE)
+    xp = xp_of(indices.value)
+    picked = xp.broadcast_to(indices.value, indices.shape)[..., 0]
+    if xp is np and (picked.min() < 0 or picked.max() >= table.shape[0]):
+        raise walk.refuse(
+            "",
+            f"an index {picked.min()} or {picked.max()} lies outside the table of {table.shape[0]} rows",
+            "give indices from 0 to the number of embeddings less one",
+        )
+    one_hot = (picked[..., None] == np.arange(table.shape[0])).astype(np.float64)
+    data = Const(one_hot, tuple(one_hot.shape))
+    # one entry alone is as Gaussian as its initializer: no sum is taken
+    gaussian = table.tangent or walk.program.leaves[table.leaf].gaussian
+    return [contract(walk, data, table, (len(one_hot.shape) - 1,), (0,), False, gaussian)]
+
+
 RULES["dot_general"] = _dot_general
+RULES["gather"] = _gather

@@ -8,7 +8,9 @@ from initjax.trace.domain import Atom, Base, Ew, Lin, Product, Sum, Tangent
 def related(a: Base, b: Base) -> bool:
     """Whether two bases share weights: the walk has made sure that views of one leaf are equal or disjoint."""
     u, v = a.view, b.view
-    return (u.leaf, u.tangent, a.kind) == (v.leaf, v.tangent, b.kind) and (a.kind == "vector" or u.offset == v.offset)
+    if (u.leaf, u.tangent, a.kind) != (v.leaf, v.tangent, b.kind):
+        return False
+    return u.offset == v.offset or a.kind == "vector" and u.overlaps(v)
 
 
 def parts_of(body) -> list:

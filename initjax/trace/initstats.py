@@ -167,6 +167,12 @@ def _step(equation: Equation, operands: list, program: Straight) -> list:
     if name == "bitcast_convert_type" and isinstance(first, _Bits):
         mantissa = jnp.finfo(params["new_dtype"]).nmant
         return [_Draw(first.key, 1.0 + _uniform_nodes(mantissa), mantissa)]
+    if name == "concatenate" and all(isinstance(x, _Draw) for x in operands):
+        one, *rest = [x for x in operands if isinstance(x, _Draw)]
+        alike = all(np.array_equal(x.values, one.values) and x.mantissa == one.mantissa for x in rest)
+        keys = [one.key, *(x.key for x in rest)]
+        if alike and len(set(keys)) == len(keys):  # layers stacked by a scan
+            return [_Draw(("stacked", *keys), one.values, one.mantissa)]
     if name in _SAME_ENTRIES and isinstance(first, (_Draw, _Bits)):
         return [first]
     draws = [x for x in operands if isinstance(x, _Draw)]

@@ -3,7 +3,9 @@
 import dataclasses
 from typing import Any
 
-from initjax.trace.jaxpr import ClosedJaxpr, Jaxpr, Literal
+import jax
+
+from initjax.trace.jaxpr import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 # calls whose body is simply part of the program; control flow (scan, while, cond) is not among them
 _CALLS = {
@@ -19,6 +21,7 @@ _CALLS = {
     "custom_vjp_call",
     "custom_vjp_call_jaxpr",
 }
+_LONGEST = 256  # turns of a scan that are unrolled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +83,11 @@ def inline(closed: ClosedJaxpr) -> Straight:
             operands = [read(atom) for atom in eqn.invars]
             stack = _join(scope, str(eqn.source_info.name_stack))
             body = _body(eqn) if eqn.primitive.name in _CALLS else None
-            if body is None:
+            if eqn.primitive.name == "scan" and eqn.params["length"] <= _LONGEST:
+                unrolled = _unrolled(eqn)
+                values = [constant(v, c.aval) for v, c in zip(unrolled.consts, unrolled.jaxpr.constvars, strict=True)]
+                results = run(unrolled.jaxpr, operands, values, stack)
+            elif body is None:
                 results = [new(var.aval) for var in eqn.outvars]
                 equations.append(Equation(eqn.primitive, eqn.params, tuple(operands), tuple(results), stack))
             else:
@@ -108,6 +115,34 @@ def prune(program: Straight, outputs: tuple[int, ...] | None = None) -> Straight
             needed.update(equation.inputs)
     constants = {number: value for number, value in program.constants.items() if number in needed}
     return Straight(program.inputs, outputs, constants, tuple(reversed(kept)), program.avals)
+
+
+def _unrolled(eqn) -> ClosedJaxpr:
+    """A scan as straight-line code: weights used in every turn are then seen to be the same."""
+    params = eqn.params
+    consts, carries, length = params["num_consts"], params["num_carry"], params["length"]
+    body = jaxpr_as_fun(params["jaxpr"])
+
+    def turns(*arguments):
+        fixed, carry, xs = (
+            arguments[:consts],
+            list(arguments[consts : consts + carries]),
+            arguments[consts + carries :],
+        )
+        collected: list[list] = []
+        order = range(length - 1, -1, -1) if params["reverse"] else range(length)
+        for i in order:
+            out = body(*fixed, *carry, *[jax.lax.index_in_dim(x, i, 0, keepdims=False) for x in xs])
+            carry = out[:carries]
+            collected.append(out[carries:])
+        if params["reverse"]:
+            collected.reverse()
+        stacked = [
+            jax.lax.concatenate([jax.lax.expand_dims(y, (0,)) for y in ys], 0) for ys in zip(*collected, strict=True)
+        ]
+        return [*carry, *stacked]
+
+    return jax.make_jaxpr(turns)(*[jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars])
 
 
 def _body(eqn):

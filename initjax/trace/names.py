@@ -27,8 +27,8 @@ def refusal(equation: Equation, near: str, reason: str, remedy: str, what: str =
     place = f"{scope} (after {near})" if scope and near and near not in scope else layer
     return UnsupportedLayerError(
         f"{what or equation.name} in {place} (primitive `{equation.name}`)",
-        "layers that the exact infinite-width theory covers: Dense, biases, elementwise functions of one "
-        "pre-activation, sums of branches, reshapes, position averages",
+        "layers that the exact infinite-width theory covers: Dense, Conv, Embed, biases, elementwise functions of one "
+        "pre-activation, gates of independent branches, sums of branches, norms, reshapes, average pooling, scans",
         reason,
         remedy,
         layer=layer,

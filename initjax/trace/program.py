@@ -83,7 +83,9 @@ def trace_program(functional: Functional, leaves: tuple[LeafStats, ...], x) -> P
             "return one of them, for example as a pair (init_fn, lambda params, x: apply_fn(params, x)[0])",
             layer="output",
         )
-    return Program(inline(closed), leaves, tuple(tuple(leaf.shape) for leaf in xs), floating)
+    with jax.enable_x64(True):  # unrolling a loop traces its body
+        body = inline(closed)
+    return Program(body, leaves, tuple(tuple(leaf.shape) for leaf in xs), floating)
 
 
 def read_model(functional: Functional) -> tuple[LeafStats, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from initjax.trace import expr as ex
+from initjax.trace.channels import channels_of
 from initjax.trace.domain import Atom, Base, Const, Ew, Field, Lin, Product, Sum, Tangent
 from initjax.trace.graph import carries
 from initjax.trace.jaxpr import is_traced
@@ -229,8 +230,8 @@ def _why_no_leaf(walk: Walk, sums: list[Sum]) -> tuple[str, str]:
     if bias is not None:
         name = walk.leaf_name(bias.view)
         return (
-            f"the bias {name} is random but not Gaussian, and it enters the nonlinearity directly, without a sum over "
-            "many entries",
+            f"the weight {name} is random but not Gaussian, and it enters the nonlinearity directly, without a sum "
+            "over many entries",
             f"initialise {name} with jax.nn.initializers.normal or with zeros",
         )
     if any(not isinstance(s.constant, float) for s in sums) or any(
@@ -610,18 +611,57 @@ def _indexed(walk: Walk, field: Field):
         steps = params["strides"] or (1,) * len(shape)
         ranges = zip(params["start_indices"], params["limit_indices"], steps, shape, strict=True)
         cuts = [(None, None, None) if a == 0 and b == n and c == 1 else (a, b, c) for a, b, c, n in ranges]
-    at, per_axis = 0, []
+    return _cut(walk, field, cuts)
+
+
+def _cut(walk: Walk, field: Field, cuts):
+    at, per_axis, picks = 0, [], []
     for cut, count in zip(cuts, field.groups, strict=True):
         channel = any(a.channel for a in field.body.axes[at : at + count])
-        if cut != (None, None, None) and (channel or count > 1):
-            raise walk.refuse(
-                field.near,
-                "it picks some of the channels: the parts are independent copies, which this version does not track",
-                "use one Dense layer for each part",
-            )
+        if cut != (None, None, None) and channel:
+            picks.append((at, cut))
+            cut = (None, None, None)
+        if cut != (None, None, None) and count > 1 or picks and picks[-1][0] == at and count > 1:
+            raise walk.refuse(field.near, "it picks from an axis that merges positions and channels", _MEASURE)
         per_axis += [cut] * count
         at += count
-    return walk.arena.relayout(field.body, Relayout("index", tuple(per_axis)))
+    body = field.body
+    if any(cut != (None, None, None) for cut in per_axis):
+        body = walk.arena.relayout(body, Relayout("index", tuple(per_axis)))
+    for axis, cut in picks:
+        body = _picked(walk, field, body, axis, cut)
+    return body
+
+
+def _picked(walk: Walk, field: Field, body, axis: int, cut):
+    """Some channels of a field: the same field made by some columns of the weights, independent of the others."""
+    start, stop, step = slice(*cut).indices(body.axes[axis].size)
+    picked = channels_of(walk, body, axis, (start, stop, step)) if step > 0 else None
+    if picked is None:
+        raise walk.refuse(
+            field.near,
+            "it picks some of the channels in a way that cannot be followed to the weights that made them",
+            "use one Dense layer for each part",
+        )
+    return picked
+
+
+def _split(walk: Walk, operands):
+    assert walk.equation is not None
+    (value,) = operands
+    params = walk.equation.params
+    axis, start, results = params["axis"], 0, []
+    for size in map(int, params["sizes"]):
+        if isinstance(value, WeightView):
+            starts = [start if i == axis else 0 for i in range(len(value.shape))]
+            limits = [start + size if i == axis else n for i, n in enumerate(value.shape)]
+            results.append(value.sliced(starts, limits, (1,) * len(value.shape)))
+        else:
+            cuts: list[Any] = [(None, None, None)] * len(value.shape)
+            cuts[axis] = (start, start + size, 1)
+            results.append(Field(_cut(walk, value, cuts), value.groups, value.near))
+        start += size
+    return results
 
 
 def _reduce_sum(walk: Walk, operands):
@@ -683,5 +723,6 @@ RULES = {
     "transpose": _shape_rule,
     "slice": _shape_rule,
     "rev": _shape_rule,
+    "split": _split,
     "reduce_sum": _reduce_sum,
 }

@@ -36,6 +36,25 @@ class Use:
     pattern: tuple
     place: str
 
+    def agrees(self, other: "Use") -> bool:
+        """Whether every shared entry stands at the same contraction index in both uses.
+
+        Views of equal rows may show different columns: channels of one layer are independent of each other.
+        """
+        if (self.role, self.pattern, self.view.offset) == (other.role, other.pattern, other.view.offset):
+            return True
+        if self.role != other.role:
+            return False
+        if self.role == "added":
+            mine, yours = (tuple(stride for _, stride in use.pattern[0]) for use in (self, other))
+            return mine == yours
+        if self.pattern[0] != other.pattern[0]:
+            return False
+        strides = [tuple(stride for _, stride in use.pattern[1]) for use in (self, other)]
+        rows = [abs(stride) for _, _, stride in self.pattern[0]]
+        shift = abs(self.view.offset - other.view.offset)
+        return bool(rows) and strides[0] == strides[1] and shift < min(rows)
+
 
 @dataclasses.dataclass
 class Walked:
@@ -85,8 +104,7 @@ class Walk:
             return
         mine = Use(role, dataclasses.replace(view, tangent=False, scale=1.0), pattern, near)
         for other in self.uses.setdefault(view.leaf, []):
-            same = (role, mine.view.offset, pattern) == (other.role, other.view.offset, other.pattern)
-            if same or not mine.view.overlaps(other.view):
+            if mine.agrees(other) or not mine.view.overlaps(other.view):
                 continue
             name = self.leaf_name(view)
             raise self.refuse(
@@ -326,6 +344,14 @@ def _is_key(value) -> bool:
     return isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.extended)
 
 
+def contraction_pattern(axes, contracted: tuple[int, ...], view: WeightView) -> tuple:
+    """Which weight stands at which contraction index (size, channel or not, stride), and the pattern of the rest."""
+    count = len(contracted)
+    rows = zip(contracted, view.shape[:count], view.strides[:count], strict=True)
+    kept = tuple((size, axes[i].channel, stride) for i, size, stride in rows if size > 1)
+    return (kept, view.pattern(range(count, len(view.shape))))
+
+
 def near_of(operands) -> str:
     """The last layer that any operand went through."""
     return next((v.near for v in operands if isinstance(v, Field) and v.near), "")
@@ -355,7 +381,6 @@ def _reason(name: str) -> tuple[str, str]:
         "reduce_window_max": "a maximum over positions (max-pooling) is not a function of one Gaussian",
         "argmax": "it depends on the order of the entries, not on Gaussian moments",
         "sort": "it depends on the order of the entries, not on Gaussian moments",
-        "gather": "picking entries by index is not covered yet",
     }
     reason = known.get(name, "no exact infinite-width rule is known to this version for it")
     return reason, "measure this model at finite width with ij.empirical_ntk; or replace the layer"
