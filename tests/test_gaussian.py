@@ -247,6 +247,21 @@ def test_a_matrix_of_unequal_variances_equals_single_entries():
             np.testing.assert_allclose(matrix[i, j], single, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("phi", [jnp.tanh, jax.nn.silu, exact_gelu, jax.nn.relu])
+def test_large_matrices_take_the_compiled_route_and_agree(phi):
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(460, 12))
+    k = x @ x.T / 12
+    q = np.diagonal(k).copy()
+    large = ij.gaussian.cross(phi, phi, q[:, None], q[None, :], k)
+    act = ij.gaussian.as_activation(phi)
+    for i, j in ((0, 1), (17, 400), (459, 3)):
+        c = k[i, j] / np.sqrt(q[i] * q[j])
+        single = bivariate.direct(act, act, q[i], q[j], c, np.sqrt((1 - c) * (1 + c)))
+        np.testing.assert_allclose(large[i, j], single, rtol=1e-11, atol=1e-13)  # the series' tail
+    np.testing.assert_allclose(np.diagonal(large), ij.gaussian.moment(phi, q), rtol=1e-13)
+
+
 def test_hermite_coefficients_sum_to_the_dual():
     a = ij.gaussian.hermite(jnp.tanh, np.array([0.5, 2.0]), 150)
     # d = pi/2 from the pole of tanh: a_k^2 ~ exp(-pi sqrt(k)) < 1e-16 at k = 150, q = 2

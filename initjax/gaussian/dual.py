@@ -22,6 +22,7 @@ from initjax.gaussian import bivariate
 from initjax.gaussian.activation import Activation, as_activation
 from initjax.gaussian.closed import FORMS, recognise
 from initjax.gaussian.expect import _expect, check_q, density, host_rule, scalar, traced_rule
+from initjax.gaussian.matrix import WORTH_COMPILING, matrix_pair
 from initjax.gaussian.nodes import REACH, unit_edges
 from initjax.gaussian.series import RESOLVED, evaluate, series, stacked
 from initjax.trace.jaxpr import is_traced
@@ -39,8 +40,29 @@ def pair(f, g, q1, q2, c):
         return _pair(f, g, q1, q2, c)
     q1, q2 = check_q(q1, "q1"), check_q(q2, "q2")
     c = _check_c(c)
+    found = _as_matrix(f, g, q1, q2, c)
+    if found is not None:
+        return found
     q1, q2, c = np.broadcast_arrays(q1, q2, c)
     return scalar(host_pair(f, g, q1, q2, c))
+
+
+def _as_matrix(f, g, q1, q2, c) -> np.ndarray | None:
+    """The compiled route for a large kernel matrix with variances along its rows and columns."""
+    shape = c.shape
+    rows = q1.shape in ((), (1, 1)) or q1.shape == (*shape[:1], 1)
+    columns = q2.shape in ((), (1,), (1, 1)) or q2.shape in ((1, *shape[1:]), shape[1:])
+    if c.ndim != 2 or c.size < WORTH_COMPILING or not (rows and columns):
+        return None
+    x, y = np.broadcast_to(q1.ravel(), shape[:1]), np.broadcast_to(q2.ravel(), shape[1:])
+    out = matrix_pair(f, g, x, y, c)
+    if out is None or not np.all(np.isfinite(out)):
+        return None
+    same = np.nonzero((c == 1) & (x[:, None] == y[None, :]))
+    if same[0].size:
+        distinct, back = np.unique(x[same[0]], return_inverse=True)
+        out[same] = host_pair(f, g, distinct, distinct, np.ones_like(distinct))[back]
+    return out
 
 
 def cross(f, g, q1, q2, k):
@@ -84,8 +106,8 @@ def cross(f, g, q1, q2, k):
         return _pair(f, g, q1, q2, raw + jax.lax.stop_gradient(snapped - raw))
     q1, q2 = check_q(q1, "q1"), check_q(q2, "q2")
     k = np.asarray(k, np.float64)
-    q1, q2, k = np.broadcast_arrays(q1, q2, k)
     norm = np.sqrt(q1) * np.sqrt(q2)
+    k, norm = np.broadcast_arrays(k, norm)
     c = np.divide(k, norm, out=np.zeros(norm.shape), where=norm > 0)
     if not np.all(np.isfinite(k)) or np.any(np.abs(k) > norm * (1 + 1e-9) + 1e-300):
         raise InputError(
@@ -96,6 +118,10 @@ def cross(f, g, q1, q2, k):
             "pass the variances and covariance of one positive semidefinite kernel.",
         )
     c = np.where(np.abs(c) > 1 - _SNAP, np.sign(c), c)
+    found = _as_matrix(f, g, q1, q2, c)
+    if found is not None:
+        return found
+    q1, q2, c = np.broadcast_arrays(q1, q2, c)
     return scalar(host_pair(f, g, q1, q2, c))
 
 

@@ -5,8 +5,9 @@ Along c = cos theta the dual of f obeys  dE[f'f']/dtheta = -q sin(theta) E[f''(u
     dE[f'f']/dtheta = -(1/2 pi) iint f''(u) f''(v) exp(-(u + v)^2 / (4 q (1 + c)) - (u - v)^2 / (4 q (1 - c))) du dv.
 With u, v = x +- t/2 this is a one-dimensional Gaussian transform of
     R(t; Q) = int f''(x + t/2) f''(x - t/2) e^{-x^2/Q} dx,   Q = q (1 + c),
-so no two-dimensional quadrature is left: R is tabulated once, and two integrations in theta give E[f'f'] and E[ff]. For tanh, gelu, silu, softplus, elu, hard_tanh, ... f'' decays and kinks are deltas in it, which add terms in
-closed form; the method is at its best where Mehler's series is at its worst: large q, kinks, c near 1.
+so no two-dimensional quadrature is left: R is tabulated once, and two integrations in theta give E[f'f'] and E[ff].
+For tanh, gelu, silu, softplus, elu, hard_tanh, ... f'' decays and kinks are deltas in it, which add terms in closed
+form; the method is at its best where Mehler's series is at its worst: large q, kinks, c near 1.
 Derived here from Price 1958.
 """
 

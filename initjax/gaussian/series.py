@@ -72,9 +72,18 @@ def _climb(act: Activation, q: float) -> Series:
         # the difference of totals is rounding below 1e-15; the last eighth of the terms bounds a decaying tail
         last = float(np.sum(a[-max(4, terms // 8) :] ** 2))
         found = Series(a, max(square - float(a @ a), last), square)
-        if found.resolved or (terms >= 2048 and found.tail > 1e-6 * square):
+        if found.resolved:
+            return _trimmed(found)
+        if terms >= 2048 and found.tail > 1e-6 * square:
             break
     return found
+
+
+def _trimmed(found: Series) -> Series:
+    """Without the trailing coefficients whose squares sum to less than a tenth of what may be cut."""
+    behind = np.cumsum(found.a[::-1] ** 2)[::-1]
+    keep = int(np.count_nonzero(behind > 0.1 * RESOLVED * found.square))
+    return Series(found.a[: max(keep, 2)], max(found.tail, 0.1 * RESOLVED * found.square), found.square)
 
 
 def stacked(rows: list[Series]) -> np.ndarray:
