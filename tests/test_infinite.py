@@ -293,6 +293,36 @@ def test_glu_split_equals_two_layers():
     np.testing.assert_allclose(ij.kernel_fn(zoo.HalfChannels(), X)(X).nngp, 2 * whole, rtol=1e-12)  # q + q
 
 
+class Gain(nn.Module):
+    """A residual branch behind one trainable number (ReZero at 0)."""
+
+    start: float
+    norm: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.Dense(64)(x)
+        gain = self.param("gain", nn.initializers.constant(self.start), (), x.dtype)
+        h = h + gain * nn.Dense(64)(nn.relu(h))
+        return nn.Dense(1)(nn.LayerNorm()(h) if self.norm else h)
+
+
+def test_a_trainable_number_shared_by_all_channels():
+    """Its leaf is the mean of (dy/da)^2 = (W branch)^2, whatever its value: the kernel of the branch alone."""
+
+    class Branch(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(1)(nn.Dense(64)(nn.relu(nn.Dense(64)(x))))
+
+    branch = ij.kernel_fn(Branch(), X)(X).nngp
+    for start in (0.0, 1.0):
+        got = ij.kernel_fn(Gain(start), X)(X)
+        np.testing.assert_allclose(got.leaves["gain"], branch, rtol=1e-12)
+    with pytest.raises(UnsupportedLayerError, match="shared by all"):
+        ij.kernel_fn(Gain(1.0, norm=True), X)
+
+
 # ------------------------------------------------------------------ loops, shared weights, embeddings
 
 

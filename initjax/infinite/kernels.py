@@ -134,8 +134,12 @@ class KernelFunction:
                 self._programs[key] = trace_program(self._functional, self.weights, shapes)
             except InputError:
                 raise
-            except Exception as error:
-                raise cannot_call(self._model, x, {}, error) from error
+            except Exception:
+                try:
+                    jax.eval_shape(self._functional.apply, self._functional.abstract_params, shapes)
+                except Exception as error:  # the model itself cannot be called on these inputs
+                    raise cannot_call(self._model, x, {}, error) from error
+                raise
         return Walk(self._programs[key], Moments(self.weights, True).expectation).run(leaves)
 
     def _compute(self, first: Walked, second: Walked | None = None) -> Kernel:

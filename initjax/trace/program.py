@@ -15,6 +15,7 @@ from initjax.errors import UnsupportedLayerError
 from initjax.trace.flax import Functional
 from initjax.trace.initstats import LeafStats, leaf_statistics
 from initjax.trace.inline import Straight, inline
+from initjax.trace.jaxpr import ClosedJaxpr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +50,10 @@ def trace_program(functional: Functional, leaves: tuple[LeafStats, ...], x) -> P
     """
     shapes, tree = jax.tree.flatten(x)
     floating = tuple(bool(jnp.issubdtype(leaf.dtype, jnp.floating)) for leaf in shapes)
-    with jax.enable_x64(True):
 
+    def traced(real) -> ClosedJaxpr:
         def struct(leaf, is_real=True):
-            return jax.ShapeDtypeStruct(leaf.shape, jnp.float64 if is_real else leaf.dtype)
-
-        xs = [struct(leaf, f) for leaf, f in zip(shapes, floating, strict=True)]
-        params = jax.tree.map(struct, functional.abstract_params)
-        reals = [leaf for leaf, f in zip(xs, floating, strict=True) if f]
+            return jax.ShapeDtypeStruct(leaf.shape, real if is_real else leaf.dtype)
 
         def both(params, params_dot, xs, reals_dot):
             def model(params, reals):
@@ -67,12 +64,18 @@ def trace_program(functional: Functional, leaves: tuple[LeafStats, ...], x) -> P
             reals = [leaf for leaf, f in zip(xs, floating, strict=True) if f]
             return jax.jvp(model, (params, reals), (params_dot, reals_dot))
 
+        xs = [struct(leaf, f) for leaf, f in zip(shapes, floating, strict=True)]
+        params = jax.tree.map(struct, functional.abstract_params)
+        reals = [leaf for leaf, f in zip(xs, floating, strict=True) if f]
+        return jax.make_jaxpr(both)(params, params, xs, reals)
+
+    with jax.enable_x64(True):
         try:
-            closed = jax.make_jaxpr(both)(params, params, xs, reals)
+            closed = traced(jnp.float64)
         except TypeError as error:
             if "custom_vjp" in str(error):
                 raise _custom_vjp(error) from error
-            raise
+            closed = traced(jnp.float32)  # a model that insists on float32, as in the carry of a scan
     outputs = closed.out_avals
     if len(outputs) != 2 or not jnp.issubdtype(outputs[0].dtype, jnp.floating):
         given = ", ".join(f"{a.dtype}{list(a.shape)}" for a in outputs[: len(outputs) // 2])
@@ -85,7 +88,7 @@ def trace_program(functional: Functional, leaves: tuple[LeafStats, ...], x) -> P
         )
     with jax.enable_x64(True):  # unrolling a loop traces its body
         body = inline(closed)
-    return Program(body, leaves, tuple(tuple(leaf.shape) for leaf in xs), floating)
+    return Program(body, leaves, tuple(tuple(leaf.shape) for leaf in shapes), floating)
 
 
 def read_model(functional: Functional) -> tuple[LeafStats, ...]:

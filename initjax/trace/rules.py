@@ -104,7 +104,7 @@ def _broadcast(walk: Walk, field: Field, shape: tuple[int, ...], partner: str, l
             target += axes[at : at + count]
         else:
             wide = like is not None and like.groups[i] == 1 and like.body.axes[sum(like.groups[:i])].channel
-            random = not (isinstance(field.body, Sum) and field.body.is_constant)
+            random = isinstance(field.body, Sum) and not field.body.is_constant
             if random and (wide or any(a.channel for a in axes[at : at + count])) or count != 1:
                 raise walk.refuse(
                     field.near,
@@ -677,11 +677,30 @@ def _reduce_sum(walk: Walk, operands):
     return [Field(walk.arena.relayout(value.body, Relayout("sum", tuple(axes))), groups, value.near)]
 
 
+def _is_shared(atom: Atom) -> bool:
+    """Whether a tangent atom is one number for all channels."""
+    if not isinstance(atom, Lin):
+        return False
+    if atom.map.kind == "broadcast":
+        pairs = zip(atom.axes, atom.source.axes, strict=True)
+        if any(a.channel and a.size > 1 and b.size == 1 for a, b in pairs):
+            return True
+    sums = [atom.source] if isinstance(atom.source, Sum) else [g for _, g in atom.source.parts]
+    return any(_is_shared(a) for s in sums for a, _ in s.terms)
+
+
 def _mean_over_channels(walk: Walk, value: Field, axes: list[int]) -> Const:
     """A sum over channels is their number times the mean: the law of large numbers."""
     assert walk.equation is not None
     shape = tuple(walk.program.body.avals[walk.equation.outputs[0]].shape)
     if isinstance(value.body, Tangent):  # tangents have mean zero; what is left is O(1 / sqrt(n))
+        if any(_is_shared(atom) for _, g in value.body.parts for atom, _ in g.terms):
+            raise walk.refuse(
+                value.near,
+                "a mean over channels follows a trainable number shared by all of them, so the mean's own tangent does "
+                "not vanish",
+                "let the gain have one entry a channel",
+            )
         return _zeros(walk)
     count = math.prod(value.body.axes[a].size for a in axes if value.body.axes[a].channel)
     if count < 32:

@@ -153,10 +153,9 @@ class Walk:
         tracers = [v for v in values if is_traced(v) and jnp.issubdtype(v.dtype, jnp.floating)]
         if any(is_traced(v) for v in values):  # the program was traced in float64; tracers keep their precision
             real = tracers[0].dtype if tracers else jnp.result_type(jnp.float32)
-            wide = {k: v for k, v in params.items() if _is_float64(v)}
-            return run(real, {**params, **dict.fromkeys(wide, real)})
+            return run(real, _in_precision(params, real))
         with float64():
-            return [o if _is_key(o) else np.asarray(o) for o in run(jnp.float64, params)]
+            return [o if _is_key(o) else np.asarray(o) for o in run(jnp.float64, _in_precision(params, jnp.float64))]
 
     # ------------------------------------------------------------------ the walk
 
@@ -264,7 +263,8 @@ class Walk:
                 "give the weight the shape of the features it is added to",
             )
         view = fitted
-        if any(a.channel and a.size > 1 and s == 0 for a, s in zip(axes, view.strides, strict=True)):
+        shared = any(a.channel and a.size > 1 and s == 0 for a, s in zip(axes, view.strides, strict=True))
+        if shared and not view.tangent:  # the tangent of a scalar gain enters linearly, and has no part in any mean
             raise self.refuse(
                 near,
                 f"the weight {self.leaf_name(view)} is one number for all channels, so channels are not independent",
@@ -336,8 +336,14 @@ def _spare(value) -> bool:
     return isinstance(value, Const) or isinstance(value, Field) and is_perturbation(value.body)
 
 
-def _is_float64(value) -> bool:
-    return isinstance(value, (np.dtype, type)) and value == np.float64
+def _in_precision(params: dict, real) -> dict:
+    """Parameters of a primitive with every floating dtype replaced by the one the values are in."""
+
+    def changed(value):
+        floating = isinstance(value, (np.dtype, type)) and jnp.issubdtype(value, jnp.floating)
+        return np.dtype(real) if floating else value
+
+    return {name: changed(value) for name, value in params.items()}
 
 
 def _is_key(value) -> bool:
@@ -359,6 +365,8 @@ def near_of(operands) -> str:
 
 def _fit(view: WeightView, like: Field) -> WeightView | None:
     """The view with one axis for each axis of a field, size 1 where it is broadcast."""
+    if not view.shape:
+        view = view.broadcast((1,) * len(like.groups), ())
     if len(view.shape) != len(like.groups):
         return None
     target: list[int] = []
