@@ -109,6 +109,27 @@ def test_unequal_second_moments_pass_through_every_pairwise_layer():
     np.testing.assert_allclose(after.k, closed, rtol=1e-12)
 
 
+def test_a_sequence_of_blocks_is_followed_block_by_block():
+    # alpha_l = l^{-1/2}: q = prod (1 + 1 / l) = depth + 1 for a He branch
+    branch = Activation(jax.nn.relu) >> Dense(2**0.5)
+    blocks = [Residual(branch, (layer + 1) ** -0.5) for layer in range(12)]
+    path = layers.propagate(blocks, 12)
+    np.testing.assert_allclose(path.q, 1 + np.arange(13), rtol=1e-11)
+    np.testing.assert_allclose(path.gradient, 13 / (1 + np.arange(13)), rtol=1e-11)
+    assert np.isnan(path.chi[-1])
+
+
+def test_divergence_is_told_layer_by_layer_and_gradients_keep_their_logarithm():
+    path = layers.propagate(Activation(jax.nn.relu) >> Dense(4.0), 20, np.array([1.0, 1e-12]), 0.5)
+    # q doubles three times a layer: 8^l passes 1e12 at l = 14 from q = 1, and not within 20 from 1e-12
+    assert np.all(np.isfinite(path.q[:14, 0])) and np.all(np.isinf(path.q[14:, 0]))
+    assert np.all(np.isfinite(path.c[:14, 0])) and np.all(np.isnan(path.c[14:, 0]))
+    np.testing.assert_allclose(path.q[:, 1], 1e-12 * 8.0 ** np.arange(21), rtol=1e-11)
+    deep = layers.propagate(Activation(jnp.tanh) >> Dense(0.1, 0.1), 400, c0=None)
+    assert deep.gradient[0] == 0.0  # below the smallest float64
+    assert -2000 < deep.log_gradient[0] < -1500 and np.all(np.isnan(deep.c))
+
+
 # -- dropout -----------------------------------------------------------------------------------------------------------
 
 
@@ -457,7 +478,7 @@ def test_attention_without_skip_has_rank_one_after_one_layer():
 
 
 def test_attention_with_skip_follows_the_q_p_recursion_and_a_wide_network():
-    tokens, depth, a2, n, runs = 32, 10, 0.5, 400, 6
+    tokens, depth, a2, n, runs = 32, 10, 0.5, 300, 6
     block = Residual(Attention(1.0), alpha=a2)
     state, q, p = layers.covariance(np.eye(tokens)), 1.0, 0.0
     for _ in range(depth):

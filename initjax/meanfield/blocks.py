@@ -38,8 +38,8 @@ def propagate(block, depth, q0: Any = 1.0, c0: Any = 0.5) -> Trajectory:
 
     Returns
     -------
-    Trajectory with q, c, chi, gradient, each (depth + 1, *batch). chi[l] is the gradient's second-moment factor of
-    block l (nan at l = depth for a sequence), gradient[l] = E|dL/dh_l|^2 / E|dL/dh_depth|^2.
+    Trajectory with q, c, chi, gradient, log_gradient, each (depth + 1, *batch). chi[l] is the gradient's second-moment
+    factor of block l (nan at l = depth for a sequence), gradient[l] = E|dL/dh_l|^2 / E|dL/dh_depth|^2.
 
     Raises
     ------
@@ -99,11 +99,10 @@ def propagate(block, depth, q0: Any = 1.0, c0: Any = 0.5) -> Trajectory:
             fill = {n: np.where(far, v, getattr(after, n)) for n, v in instead.items()}
             after = after.replace(**fill, mean1=np.where(far, 0.0, after.mean1), mean2=np.where(far, 0.0, after.mean2))
         now = after
-    gradient = np.ones_like(chis)
-    for layer in range(depth - 1, -1, -1):
-        with np.errstate(over="ignore"):
-            gradient[layer] = gradient[layer + 1] * chis[layer]
-    return Trajectory(qs, cs, chis, gradient)
+    log_gradient = np.zeros_like(chis)
+    with np.errstate(over="ignore", under="ignore", divide="ignore"):
+        log_gradient[:depth] = np.cumsum(np.log(chis[:depth])[::-1], axis=0)[::-1]
+        return Trajectory(qs, cs, chis, np.exp(log_gradient), log_gradient=log_gradient)
 
 
 def _afresh(now: State) -> State:

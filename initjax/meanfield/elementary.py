@@ -19,8 +19,11 @@ from initjax.gaussian.dual import cross
 from initjax.gaussian.expect import expect
 from initjax.gaussian.nodes import legendre, legendre_transform
 from initjax.meanfield.fixed import check_sigma
+from initjax.meanfield.layermap import LayerMap
 from initjax.meanfield.state import Layer, State, check_layer, refuse_tracers, times
 from initjax.meanfield.table import DEGREE, table_of
+
+_FEW = 8  # pairs up to which a trajectory uses caches of its own
 
 
 class Dense(Layer):
@@ -82,6 +85,7 @@ class Activation(Layer):
 
     def __init__(self, phi):
         self.phi: Elementwise = as_activation(phi)
+        self._map = LayerMap(self.phi)
 
     def step(self, state: State) -> State:
         if not state.gaussian:
@@ -115,11 +119,26 @@ class Activation(Layer):
                 rest = ~equal
                 args = q1[rest], q2[rest], k[rest]
                 bound = np.sqrt(m1[rest]) * np.sqrt(np.asarray(m2)[rest])
-                overlap[rest] = np.clip(cross(act, act, *args), -bound, bound)
+                if same and state.chi_k is None and rest.sum() <= _FEW and not act.jumps:
+                    overlap[rest] = np.clip(self._deep(q1[rest], k[rest], m1[rest], at1.d[rest]), -bound, bound)
+                else:
+                    overlap[rest] = np.clip(cross(act, act, *args), -bound, bound)
                 if state.chi_k is not None:
                     slope[rest] = cross(act.prime, act.prime, *args)
             out["k"], out["chi_k"] = overlap[()], times(state.chi_k, slope[()])
         return state.replace(**out)
+
+    def _deep(self, q, k, moment, slope):
+        """E[phi(u) phi(v)] with caches over log q, for trajectories whose q changes in every layer."""
+        out = np.empty_like(q)
+        for i in range(q.size):
+            delta = 1 - k[i] / q[i]
+            if delta <= 0.5:
+                width = self._map.width(float(q[i]), float(moment[i]), float(slope[i]), np.array([max(delta, 0.0)]))[0]
+                out[i] = moment[i] - q[i] * max(delta, 0.0) * width
+            else:
+                out[i] = self._map.overlap(float(q[i]), float(moment[i]), np.array([max(1 - delta, -1.0)]))[0]
+        return out
 
     def __repr__(self) -> str:
         return f"Activation({self.phi.name})"

@@ -132,7 +132,7 @@ class Trajectory:
         0 or inf where float64 ends; log_gradient goes on.
     one_minus_c : 1 - c with all its digits; c itself rounds to 1 at 1e-16.
     log_one_minus_c, log_gradient : natural logarithms, finite at any depth; -inf only where the argument is exactly 0.
-        These three are None for trajectories of blocks.
+        The first two are None for trajectories of blocks.
     """
 
     q: Any
