@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from initjax.trace.jaxpr import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+from initjax.trace.jaxpr import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun, scan_parts
 
 # calls whose body is simply part of the program; control flow (scan, while, cond) is not among them
 _CALLS = {
@@ -120,8 +120,9 @@ def prune(program: Straight, outputs: tuple[int, ...] | None = None) -> Straight
 def _unrolled(eqn) -> ClosedJaxpr:
     """A scan as straight-line code: weights used in every turn are then seen to be the same."""
     params = eqn.params
-    consts, carries, length = params["num_consts"], params["num_carry"], params["length"]
-    body = jaxpr_as_fun(params["jaxpr"])
+    length = params["length"]
+    consts, carries, closed = scan_parts(eqn)
+    body = jaxpr_as_fun(closed)
 
     def turns(*arguments):
         fixed, carry, xs = (

@@ -25,6 +25,18 @@ def float64():
         yield
 
 
+def scan_parts(equation: JaxprEqn) -> tuple[int, int, ClosedJaxpr]:
+    """Number of constants, number of carries, and body of a scan; JAX 0.12 describes them by trees."""
+    params = equation.params
+    body = params["jaxpr"]
+    if not isinstance(body, ClosedJaxpr):
+        body = ClosedJaxpr(body, ())
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"], body
+    consts, carries, _ = (len(group) for group in params["ft_in"].unpack())
+    return consts, carries, body
+
+
 def is_traced(*values) -> bool:
     """Whether any leaf of `values` is a tracer (of jit, grad or vmap)."""
     return any(
