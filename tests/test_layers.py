@@ -503,6 +503,39 @@ def test_attention_with_skip_follows_the_q_p_recursion_and_a_wide_network():
     assert np.all(np.abs(np.mean(rows, axis=0) - [q, p]) < 5 * error + 0.26 * depth / n)
 
 
+@pytest.mark.slow
+def test_attention_with_logits_of_order_one_is_as_far_off_as_the_documentation_says():
+    tokens, depth, a2, n, runs = 32, 10, 0.5, 400, 8
+    for sigma_logit, within in ((0.3, 0.0), (1.0, 0.025)):
+        block = Residual(Attention(1.0, sigma_logit), alpha=a2)
+        state = layers.covariance(np.eye(tokens))
+        for _ in range(depth):
+            state = block.step(state)
+        rng, rows = np.random.default_rng(9), []
+        for _ in range(runs):
+            x = rng.normal(size=(tokens, n))
+            for _ in range(depth):
+                queries, keys = x @ rng.normal(size=(2, n, n)) / np.sqrt(n)
+                weights = np.exp(sigma_logit * queries @ keys.T / np.sqrt(n))
+                weights /= weights.sum(axis=1, keepdims=True)
+                x = x + a2 * weights @ x @ rng.normal(size=(n, n)) / np.sqrt(n)
+            k = x @ x.T / n
+            rows.append([np.trace(k) / tokens, (k.sum() - np.trace(k)) / tokens / (tokens - 1)])
+        error = np.std(rows, axis=0, ddof=1) / np.sqrt(runs)
+        # 4.5 standard errors of eight draws (99.7 %); the approximation itself: 0.025; width: depth / n of the growth
+        assert np.all(np.abs(np.mean(rows, axis=0) - [state.q1[0, 0], state.k[0, 1]]) < 4.5 * error + within + 0.01)
+        assert np.all(np.isnan(state.chi))
+
+
+def test_attention_logits_vanish_into_the_exact_layer_and_condensation_is_refused():
+    x = np.random.default_rng(10).normal(size=(6, 30))
+    start = layers.covariance(x @ x.T / 30)
+    exact, small = Attention(1.2).step(start), Attention(1.2, 1e-4).step(start)
+    np.testing.assert_allclose(small.k, exact.k, atol=1e-7)  # next order sigma_logit^2 = 1e-8 times a few
+    with pytest.raises(ij.InputError, match="single tokens"):
+        Attention(1.0, 2.0).step(layers.covariance(np.eye(32)))
+
+
 def test_cosines_of_tokens_tend_to_one_with_depth():
     block = Residual(Attention(1.0)) >> LayerNorm()
     state = layers.covariance(np.eye(8))

@@ -125,7 +125,7 @@ class Convolution(Layer):
 
 
 class Attention(Layer):
-    """Softmax attention at initialization with small logits: every token becomes the mean of all, times W_V.
+    """Softmax attention at initialization: with small logits every token becomes the mean of all, times W_V.
 
     Without a skip connection one layer makes all tokens equal. With one, Residual(Attention(s), alpha, skip) keeps
     q - p, the difference of diagonal and off-diagonal covariance, at skip^2 per layer while p grows: cosines tend to 1.
@@ -133,15 +133,22 @@ class Attention(Layer):
     Parameters
     ----------
     sigma_v : standard deviation of the value (and output) weights together: Var = sigma_v^2 / fan_in.
+    sigma_logit : standard deviation of a logit between two tokens of second moment 1: Cov(l_ij, l_km) = sigma_logit^2
+        K_ik K_jm. 0 (default) for queries scaled by 1/d or zero query weights, where the layer is exact when wide.
+        Queries and keys of variance 1/fan_in scaled by 1/sqrt(d) have 1.
 
     Notes
     -----
-    Approximate for logits of variance O(1), as dense queries and keys without 1/d scaling give: softmax is then not
-    uniform and mixes less. 1/d scaling, or zero query weights, make it exact in wide layers.
+    For sigma_logit > 0 the mean of the ratio of exponentials is replaced by the ratio of the means, which holds for
+    many tokens. Measured with 32 tokens after 10 layers with alpha = 0.5: sigma_logit = 0.3: q 1.268 (simulated
+    1.281 +- 0.008), p 0.261 (0.276 +- 0.009); sigma_logit = 1: q 1.462 (1.441 +- 0.010), p 0.283 (0.303 +- 0.010).
+    Beyond a logit variance of ln(tokens) softmax picks single tokens, and the step refuses. Small changes (chi) are
+    then not followed, nan: they also pass through the logits.
 
     Raises
     ------
-    InputError : when stepped on a state that is not a covariance of tokens.
+    InputError : when stepped on a state that is not a covariance of tokens, or with logits of variance above
+        ln(tokens).
 
     Examples
     --------
@@ -160,20 +167,52 @@ class Attention(Layer):
 
     has_weights = True
 
-    def __init__(self, sigma_v=1.0):
-        refuse_tracers("Attention", sigma_v)
-        self.sigma_v = check_sigma(sigma_v, "sigma_v")[()]
+    def __init__(self, sigma_v=1.0, sigma_logit=0.0):
+        refuse_tracers("Attention", sigma_v, sigma_logit)
+        self.sigma_v, self.sigma_logit = check_sigma(sigma_v, "sigma_v"), check_sigma(sigma_logit, "sigma_logit")
+        if self.sigma_v.ndim or self.sigma_logit.ndim:
+            raise InputError(
+                f"sigma_v = {sigma_v!r}, sigma_logit = {sigma_logit!r}.",
+                "one number each.",
+                "one layer has one of each.",
+                "loop over the values.",
+            )
 
     def step(self, state: State) -> State:
         check_square(state, None, "Attention")
         zero = np.zeros_like(state.q1)
+        if self.sigma_logit > 0:
+            k = self.sigma_v**2 * self._mixed(np.asarray(state.k))
+            q1, lost = np.broadcast_to(np.diag(k)[:, None], k.shape).copy(), np.full_like(zero, np.nan)
+            return state.replace(
+                q1=q1, q2=q1.T.copy(), k=k, mean1=zero, mean2=zero, chi=lost, chi_k=lost, gaussian=True
+            )
         signal, change = self.sigma_v**2 * np.mean(state.k), self.sigma_v**2 * np.mean(state.chi_k)
         flat = {name: np.full_like(zero, signal) for name in ("q1", "q2", "k")}
         follow = {name: np.full_like(np.asarray(state.chi_k), change) for name in ("chi", "chi_k")}
         return state.replace(**flat, **follow, mean1=zero, mean2=zero, gaussian=True)
 
+    def _mixed(self, k: np.ndarray) -> np.ndarray:
+        """E[A K A^T] as a ratio of means over Gaussian logits; a part common to all logits of a row drops out."""
+        tokens, vl = len(k), self.sigma_logit**2
+        centred = k - k.mean(axis=0) - k.mean(axis=1)[:, None] + k.mean()
+        variance = float(vl * np.diag(k).max() * np.diag(centred).max())
+        if variance > np.log(tokens):
+            raise InputError(
+                f"{self!r} has logits of variance {variance:.3g} over {tokens} tokens.",
+                f"logits of variance at most ln(tokens) = {np.log(tokens):.3g}.",
+                "above it softmax puts its weight on single tokens, and averages over tokens say nothing.",
+                "a smaller sigma_logit, more tokens, or a normalization layer in front of the attention.",
+            )
+        own = np.exp(vl * np.diag(k)[:, None] * np.diag(centred)[None, :] / 2)  # (query, key)
+        out = np.empty_like(k)
+        for i in range(tokens):
+            share = np.exp(vl * k[i][:, None, None] * centred) * own[i][:, None] * own[:, None, :]
+            out[i] = np.einsum("ajb,jb->a", share, k) / share.sum(axis=(1, 2))
+        return (out + out.T) / 2
+
     def __repr__(self) -> str:
-        return f"Attention(sigma_v={self.sigma_v})"
+        return f"Attention(sigma_v={self.sigma_v}, sigma_logit={self.sigma_logit})"
 
 
 def check_square(state: State, size: int | None, where: str) -> None:
