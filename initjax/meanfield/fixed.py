@@ -19,16 +19,17 @@ from initjax.meanfield.table import ramp, raw_moments, slope_at_zero, table_of, 
 from initjax.trace.jaxpr import is_traced
 
 _SWEEP_FROM = 4096  # points from which one compiled sweep is faster than NumPy
+_LARGEST_SIGMA = 1e50  # variances, and their products with q, stay finite
 CRITICAL_WITHIN = 1e-9  # |chi_1 - 1| below this is called critical; chi_1 itself is accurate to about 1e-12
 
 
 def check_sigma(value, name: str) -> np.ndarray:
     """A standard deviation as float64, refused when negative, complex, NaN or infinite."""
     array = np.asarray(value)
-    if array.dtype.kind not in "fiub" or not np.all(np.isfinite(array)) or np.any(array < 0):
+    if array.dtype.kind not in "fiub" or not np.all(array <= _LARGEST_SIGMA) or np.any(array < 0):
         raise InputError(
             f"{name} = {value}.",
-            "finite real numbers >= 0.",
+            f"finite real numbers >= 0, at most {_LARGEST_SIGMA:g}.",
             f"{name} is a standard deviation: Var "
             + ("W = sigma_w^2 / fan_in." if name == "sigma_w" else "b = sigma_b^2."),
             f"pass the standard deviation, not its logarithm; a variance v enters as {name} = v**0.5.",
@@ -124,6 +125,9 @@ def _concrete(act, w, b, q0) -> dict:
 
 def _finish(act, table, vw, vb, dead, q, safe, inside, m, d, chi_q) -> dict:
     """Polish where the table's rounding is amplified, fill in q = 0 and q = inf, name the phases."""
+    # at sigma_w^2 D(0) = 1 itself, V - q is of higher order in q, and a root this small is its rounding
+    marginal = dead & (q < 1e-8) & (np.abs(vw * slope_at_zero(act) - 1) < 1e-14)
+    q, inside = np.where(marginal, 0.0, q), inside & ~marginal
     weak = inside & (np.abs(1 - chi_q) < 0.01)
     if weak.any() and weak.sum() <= 20_000:  # the table's 1e-13 is amplified by 1 / (1 - chi_q)
         for _ in range(2):

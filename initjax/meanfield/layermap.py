@@ -13,8 +13,7 @@ from initjax.gaussian.activation import Activation
 from initjax.gaussian.closed import recognise
 from initjax.gaussian.dual import host_pair
 from initjax.gaussian.nodes import legendre, legendre_transform
-from initjax.gaussian.series import RESOLVED as SERIES_RESOLVED
-from initjax.gaussian.series import coefficients, series
+from initjax.gaussian.series import coefficients
 from initjax.meanfield.chaos import Q_CELL, Cell
 from initjax.meanfield.correlation import width_function
 from initjax.meanfield.table import ramp
@@ -22,7 +21,7 @@ from initjax.meanfield.table import ramp
 _NEAR = 1e-13  # q (1 - c) below which w is its expansion at c = 1; what is left out is of this size
 _DEGREE = 14
 _WIDTH = 0.25  # cells of log q
-_LONGEST = 512  # terms of a series worth interpolating
+_LONGEST, _CUT = 512, 1e-24  # terms of a series worth interpolating, and the squared norm at which it is cut
 _RESOLVED, _CELL_RESOLVED = 1e-12, 1e-9
 _CELL_FROM = {"smooth": 6, "kinked": 2}  # values of q asked for in a cell before it is built
 _TERMS = 64  # of Mehler's series for |c| <= 1/2: 2^-64 is left
@@ -147,15 +146,15 @@ class LayerMap:
 def _mehler_cell(act: Activation, index: int) -> np.ndarray | None:
     """Legendre coefficients in log q of a_k / sqrt(M): (_DEGREE, terms)."""
     nodes, _ = legendre(_DEGREE)
-    a, square = coefficients(act, float(np.exp(_WIDTH * (index + 1))), _LONGEST)
-    if np.sum(a[-_LONGEST // 8 :] ** 2) > SERIES_RESOLVED * square:
+    top, square = coefficients(act, float(np.exp(_WIDTH * (index + 1))), _LONGEST)
+    behind = np.cumsum(top[::-1] ** 2)[::-1]
+    if behind[-_LONGEST // 8] > _CUT * square:
         return None
-    found = [series(act, float(np.exp(_WIDTH * (index + (x + 1) / 2)))) for x in nodes]
-    if not all(row.resolved for row in found):
-        return None
-    values = np.zeros((_DEGREE, max(len(row.a) for row in found)))
-    for i, row in enumerate(found):
-        values[i, : len(row.a)] = row.a / np.sqrt(row.square)
+    terms = max(8, int(np.count_nonzero(behind > _CUT * square)))  # one length: a cut coefficient is not smooth in q
+    values = np.zeros((_DEGREE, terms))
+    for i, x in enumerate(nodes):
+        a, square = coefficients(act, float(np.exp(_WIDTH * (index + (x + 1) / 2))), terms)
+        values[i] = a / np.sqrt(square)
     rows = legendre_transform(_DEGREE).T @ values
     return rows if np.abs(rows[-2:]).max() < _RESOLVED else None
 

@@ -129,7 +129,7 @@ class _Moments:
             with np.errstate(invalid="ignore"):
                 # the table's error of 1e-13 would be amplified by 1 / (1 - chi_q)
                 still = np.zeros(q.shape, bool) if self.previous is None else np.abs(q - self.previous) < 1e-11 * q
-            for i in np.flatnonzero(live & (still | (at > self.table.q_high) | (at < self.table.q_low))):
+            for i in np.flatnonzero(live & ((still & (at > self.table.q_low)) | (at > self.table.q_high))):
                 if at[i] not in self.known:
                     self.known[at[i]] = raw_moments(self.act, at[i : i + 1])[:2, 0]
                 m[i], d[i] = self.known[at[i]]
