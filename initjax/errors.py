@@ -16,12 +16,21 @@ class InputError(ValueError):
         self.given, self.accepted, self.why, self.remedy = given, accepted, why, remedy
         super().__init__(f"{given}\n  Accepted: {accepted}\n  Why: {why}\n  Try: {remedy}")
 
+    @property
+    def parts(self) -> tuple[str, str, str, str]:
+        """The four parts, in order."""
+        return self.given, self.accepted, self.why, self.remedy
+
     def __reduce__(self):
-        return type(self), (self.given, self.accepted, self.why, self.remedy)
+        return type(self), self.parts
 
 
 class NotElementwiseError(InputError):
     """An activation that changes shapes, mixes entries, or cannot be traced."""
+
+
+class TracedParameterError(NotElementwiseError):
+    """An activation that closes over a tracer, so that its values are not known."""
 
 
 class QuadratureError(InputError):

@@ -144,6 +144,32 @@ def test_critical_is_differentiable_in_sigma_b():
     np.testing.assert_allclose(slope, numeric, rtol=1e-8)  # truncation h^2, rounding 1e-15 / h
 
 
+@pytest.mark.parametrize(
+    "family, value, sigma_b",
+    [
+        (lambda p: lambda x: jnp.where(x > 0, x, p * x), 0.1, 0.0),  # leaky relu's slope: sqrt(2 / (1 + p^2))
+        pytest.param(lambda p: lambda x: x * jax.nn.sigmoid(p * x), 1.0, 1.0, marks=pytest.mark.slow),  # swish beta
+    ],
+)
+def test_critical_is_differentiable_in_parameters_of_phi(family, value, sigma_b):
+    fields = lambda p: jnp.stack([getattr(ij.critical(family(p), sigma_b), f) for f in ("sigma_w", "chi_q")])  # noqa: E731
+    slopes = jax.jacrev(fields)(value)
+    h = 1e-5
+    numeric = (fields(value + h) - fields(value - h)) / (2 * h)
+    np.testing.assert_allclose(slopes, numeric, rtol=1e-7, atol=1e-9)  # truncation h^2, rounding 1e-15 / h
+    if sigma_b:
+        by_bias = jax.grad(lambda b: ij.critical(family(value), b).sigma_w)(sigma_b)
+        both = jax.jacrev(lambda p, b: ij.critical(family(p), b).sigma_w, 1)(value, sigma_b)
+        np.testing.assert_allclose(both, by_bias, rtol=1e-9)
+
+
+def test_parameters_that_move_a_kink_are_refused():
+    with pytest.raises(ij.InputError, match="moves its kinks"):
+        jax.grad(lambda p: ij.critical(lambda x: jnp.clip(x, -p, p), 0.3).sigma_w)(1.0)
+    with pytest.raises(ij.InputError, match="jax.jit or jax.vmap"):
+        jax.jit(lambda p: ij.critical(lambda x: jnp.tanh(p * x), 0.3).sigma_w)(1.0)
+
+
 def test_traced_fixed_point_matches_and_is_differentiable():
     value, slope = jax.value_and_grad(lambda w: ij.fixed_point(jax.nn.relu, w, 0.5).q)(1.2)
     np.testing.assert_allclose(value, 0.25 / (1 - 0.72), rtol=1e-10)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from initjax.errors import InputError, NotElementwiseError, QuadratureError
+from initjax.errors import InputError, NotElementwiseError, QuadratureError, TracedParameterError
 from initjax.gaussian.kinks import find_kinks
 from initjax.gaussian.nodes import ORDER, legendre, legendre_transform
 from initjax.trace.jaxpr import float64, is_traced
@@ -298,7 +298,7 @@ def _check_elementwise(fn, name: str) -> None:
         if not jnp.issubdtype(out.dtype, jnp.floating):
             raise refuse(f"it maps float64 to {out.dtype}")
         if is_traced(out):
-            raise refuse("it closes over a traced value, so it has no definite values")
+            raise TracedParameterError(*refuse("it closes over a traced value, so it has no definite values").parts)
         try:
             alone = np.stack([np.asarray(fn(jnp.asarray(v))) for v in x.ravel()]).reshape(x.shape)
         except Exception as error:

@@ -24,7 +24,7 @@ from initjax.gaussian.closed import FORMS, recognise
 from initjax.gaussian.expect import _expect, check_q, density, host_rule, scalar, traced_rule
 from initjax.gaussian.matrix import WORTH_COMPILING, matrix_pair
 from initjax.gaussian.nodes import REACH, unit_edges
-from initjax.gaussian.series import RESOLVED, evaluate, series, stacked
+from initjax.gaussian.series import RESOLVED, aligned, evaluate, series, stacked
 from initjax.trace.jaxpr import is_traced
 
 _SNAP = 4e-15  # a correlation this close to +-1 is rounding: arccos would turn it into 1e-7
@@ -190,9 +190,10 @@ def _off_diagonal(f, g, q1, q2, c, s):
     rows2, back2 = np.unique(q2, return_inverse=True)
     left = [series(f, float(q)) for q in rows1]
     right = left if f is g and np.array_equal(rows1, rows2) else [series(g, float(q)) for q in rows2]
+    if left is not right or len(left) > 1:
+        left, right = aligned([(f, rows1, left), (g, rows2, right)])
     a, b = stacked(left), stacked(right)
-    terms = min(a.shape[1], b.shape[1])
-    a, b = a[:, :terms], b[:, :terms]
+    terms = a.shape[1]
     # what the cut terms can still contribute: |c|^K times the geometric mean of the two tails
     tails = np.sqrt(np.array([r.tail for r in left])[back1] * np.array([r.tail for r in right])[back2])
     sizes = np.sqrt(np.array([r.square for r in left])[back1] * np.array([r.square for r in right])[back2])

@@ -86,6 +86,29 @@ def _trimmed(found: Series) -> Series:
     return Series(found.a[: max(keep, 2)], max(found.tail, 0.1 * RESOLVED * found.square), found.square)
 
 
+def aligned(sides: list[tuple[Activation, np.ndarray, list[Series]]]) -> list[list[Series]]:
+    """The rows of two sides, those that were cut shorter than the longest one recomputed to its length.
+
+    A row cut at 1e-13 in squared norm may lack 3e-7 in a coefficient: harmless against itself, not against a row of a
+    larger variance, whose coefficient there is large.
+    """
+    terms = max(len(r.a) for _, _, rows in sides for r in rows)
+    out = []
+    for act, q, rows in sides:
+        long = act.__dict__.setdefault("_hermite_long", {})
+        if len(long) > 20_000:
+            long.clear()
+        side = []
+        for value, row in zip(q.tolist(), rows, strict=True):
+            if len(row.a) < terms:
+                if (value, terms) not in long:
+                    long[value, terms] = Series(coefficients(act, value, terms)[0], row.tail, row.square)
+                row = long[value, terms]
+            side.append(row)
+        out.append(side)
+    return out
+
+
 def stacked(rows: list[Series]) -> np.ndarray:
     """Coefficients of several q as one array, padded with zeros."""
     terms = max(len(r.a) for r in rows)
@@ -140,4 +163,4 @@ def hermite(phi, q, degree: int) -> np.ndarray:
     return np.asarray(rows).reshape((*q.shape, degree + 1))
 
 
-__all__ = ["coefficients", "evaluate", "hermite", "series", "stacked"]
+__all__ = ["aligned", "coefficients", "evaluate", "hermite", "series", "stacked"]

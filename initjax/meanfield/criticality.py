@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from initjax.errors import NoCriticalPointError, UnstableCriticalPointWarning
+from initjax.errors import NoCriticalPointError, TracedParameterError, UnstableCriticalPointWarning
 from initjax.gaussian.activation import Activation, as_activation
 from initjax.gaussian.series import coefficients
 from initjax.meanfield.fixed import check_sigma
+from initjax.meanfield.implicit import critical_in_parameters
 from initjax.meanfield.results import CriticalPoint
 from initjax.meanfield.table import ramp, raw_moments, slope_at_zero, table_of, vanishes_at_zero
 from initjax.trace.jaxpr import is_traced
@@ -278,8 +279,9 @@ def critical(phi, sigma_b=0.0) -> CriticalPoint:
 
     Accuracy
     --------
-    sigma_w, q: 1e-12 relative. Differentiable in sigma_b (implicit function theorem); under a trace the result has the
-    tracer's dtype (float32: 1e-5), nan where nothing exists, and kind None.
+    sigma_w, q: 1e-12 relative. Differentiable in sigma_b, and by jax.grad outside jit in parameters that phi closes
+    over (implicit function theorem); under a trace the result has the tracer's dtype (float32: 1e-5), nan where
+    nothing exists, and kind None.
 
     Examples
     --------
@@ -293,7 +295,10 @@ def critical(phi, sigma_b=0.0) -> CriticalPoint:
     Poole et al. 2016 (arXiv:1606.05340); Schoenholz et al. 2017 (arXiv:1611.01232), section 3; Roberts, Yaida, Hanin
     2021 (arXiv:2106.10165), chapter 5.
     """
-    act = as_activation(phi)
+    try:
+        act = as_activation(phi)
+    except TracedParameterError:
+        return critical_in_parameters(phi, sigma_b, critical)
     if is_traced(sigma_b):
         return _traced(act, jnp.asarray(sigma_b))
     b = check_sigma(sigma_b, "sigma_b")
