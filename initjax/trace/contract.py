@@ -8,10 +8,11 @@ import dataclasses
 
 import numpy as np
 
+from initjax.trace.align import zeros
 from initjax.trace.domain import Base, Const, Field, Sum, Tangent
 from initjax.trace.flax import layer_of
 from initjax.trace.maps import Axis, xp_of
-from initjax.trace.rules import RULES, _zeros
+from initjax.trace.rules import RULES
 from initjax.trace.views import WeightView
 from initjax.trace.walk import Walk, contraction_pattern, is_perturbation, near_of
 
@@ -22,7 +23,7 @@ def _dot_general(walk: Walk, operands):
     assert walk.equation is not None
     left, right = operands
     if any(isinstance(v, Const) and v.scalar == 0 for v in operands):
-        return [_zeros(walk)]
+        return [zeros(walk)]
     (lc, rc), (lb, rb) = walk.equation.params["dimension_numbers"]
     if isinstance(left, WeightView) == isinstance(right, WeightView):
         raise walk.refuse(near_of(operands), *_no_weight(left, right))

@@ -1,158 +1,19 @@
-"""What every primitive does to the values of the domain.
+"""What arithmetic does to the values of the domain.
 
 A rule takes the walk and the operands (Const, WeightView, Field) of the current equation and returns its results, or
-raises `UnsupportedLayerError`. Equations whose operands are all known arrays are evaluated as they stand.
+raises `UnsupportedLayerError`. Shapes, contractions and steps over positions have files of their own.
 """
 
-import math
 from typing import Any
 
 import numpy as np
 
 from initjax.trace import expr as ex
-from initjax.trace.channels import channels_of
+from initjax.trace.align import MEASURE, aligned, name_of, zeros
 from initjax.trace.domain import Atom, Base, Const, Ew, Field, Lin, Product, Sum, Tangent
 from initjax.trace.graph import carries
-from initjax.trace.jaxpr import is_traced
-from initjax.trace.maps import Axis, Relayout, xp_of
 from initjax.trace.views import WeightView
 from initjax.trace.walk import Walk, const, near_of
-
-_MEASURE = "measure this model at finite width with ij.empirical_ntk; or rewrite this step"
-_KEEPS_UNIFORM = {"reshape", "squeeze", "expand_dims", "broadcast_in_dim", "transpose", "rev", "copy", "stop_gradient"}
-
-
-def const_rule(walk: Walk, operands: list[Const]) -> list[Const]:
-    """Evaluate an equation of known arrays; what is uniform stays one number."""
-    equation = walk.equation
-    assert equation is not None
-    shapes = [tuple(walk.program.body.avals[n].shape) for n in equation.outputs]
-    leaf = operands[0].leaf if len(operands) == 1 else ""
-    if equation.name in _KEEPS_UNIFORM and operands[0].scalar is not None:
-        return [Const(np.asarray(operands[0].value).reshape(-1)[:1].reshape((1,) * len(shapes[0])), shapes[0], leaf)]
-    if len(shapes) == 1 and walk.is_pointwise():
-        ranks = len(shapes[0])
-        values = [v.value.reshape((1,) * (ranks - np.ndim(v.value)) + np.shape(v.value)) for v in operands]
-        common = np.broadcast_shapes(*(np.shape(v) for v in values))
-        xp = xp_of(*values)
-        out = walk.bind([xp.broadcast_to(v, common) for v in values])[0]
-        return [Const(out, shapes[0], leaf)]
-    xp = xp_of(*(v.value for v in operands))
-    values = [v.value if np.shape(v.value) == v.shape else xp.broadcast_to(v.value, v.shape) for v in operands]
-    return [const(out, shape, leaf) for out, shape in zip(walk.bind(values), shapes, strict=True)]
-
-
-# ------------------------------------------------------------------ bringing operands onto common axes
-
-
-def aligned(walk: Walk, operands: list) -> tuple[list[Any], Field]:
-    """Operands of an elementwise equation as bodies on common axes (scalars stay Const), and a field as the pattern."""
-    assert walk.equation is not None
-    shape = tuple(walk.program.body.avals[walk.equation.outputs[0]].shape)
-    fields = [v for v in operands if isinstance(v, Field)]
-    # the widest field sets the axes: the one that needs no broadcasting along channels
-    like = max(fields, key=lambda f: (math.prod(f.shape), sum(a.channel for a in f.body.axes)))
-    if like.shape != shape:
-        partner = next((v for v in operands if isinstance(v, (Const, WeightView)) and v.shape == shape), None)
-        like = _broadcast(walk, like, shape, "another operand" if partner is None else type(partner).__name__)
-    fields = [_match(walk, f, like) for f in fields]
-    like = next((f for f in fields if f.body.axes == fields[0].body.axes), like)
-    bodies, it = [], iter(fields)
-    for value in operands:
-        if isinstance(value, Field):
-            bodies.append(next(it).body)
-        elif isinstance(value, WeightView):
-            bodies.append(_match(walk, walk.as_field(value, like), like).body)
-        elif value.scalar is not None:
-            bodies.append(value)
-        else:
-            bodies.append(walk.arena.sum(like.body.axes, (), _const_along(walk, value, like)))
-    near = near_of(fields)
-    return bodies, Field(like.body, like.groups, near)
-
-
-def _match(walk: Walk, field: Field, like: Field) -> Field:
-    """A field on the axes of `like`, broadcast over positions where it has size 1."""
-    if field.body.axes == like.body.axes:
-        return field
-    if field.shape != like.shape:
-        field = _broadcast(walk, field, like.shape, like.near or "another field", like)
-    mine, yours = field.body.axes, like.body.axes
-    if mine == yours:
-        return field
-    if [a.size for a in mine] == [a.size for a in yours]:
-        clash = [(a, b) for a, b in zip(mine, yours, strict=True) if a.channel != b.channel and a.size > 1]
-        if not clash:  # axes of size 1 are channel or position alike
-            return Field(walk.arena.relayout(field.body, Relayout("reshape", yours)), like.groups, field.near)
-        if all(b.channel for _, b in clash):
-            body = walk.arena.rechannelled(field.body, yours)  # a weight that met known arrays before it met the field
-            if body is not None:
-                return Field(body, like.groups, field.near)
-    raise walk.refuse(
-        field.near or like.near,
-        "one operand is independent from channel to channel where the other varies over positions, so their "
-        "combination is neither",
-        _MEASURE,
-        what=f"{_name(walk)} of a field over channels and one over positions",
-    )
-
-
-def _broadcast(walk: Walk, field: Field, shape: tuple[int, ...], partner: str, like: Field | None = None) -> Field:
-    axes, at, target = field.body.axes, 0, []
-    for i, (size, count) in enumerate(zip(field.shape, field.groups, strict=True)):
-        if size == shape[i]:
-            target += axes[at : at + count]
-        else:
-            wide = like is not None and like.groups[i] == 1 and like.body.axes[sum(like.groups[:i])].channel
-            random = isinstance(field.body, Sum) and not field.body.is_constant
-            if random and (wide or any(a.channel for a in axes[at : at + count])) or count != 1:
-                raise walk.refuse(
-                    field.near,
-                    "one random number is repeated over all channels, so channels are no longer independent",
-                    _MEASURE,
-                    what=f"{_name(walk)} that repeats a channel of size 1 over the {shape[i]} channels of {partner}",
-                )
-            target.append(Axis(shape[i], wide))
-        at += count
-    body = walk.arena.relayout(field.body, Relayout("broadcast", tuple(target)))
-    return Field(body, field.groups, field.near)
-
-
-def _const_along(walk: Walk, value: Const, like: Field):
-    """A known array on the axes of a field: it may vary over positions, not over channels."""
-    array = value.value
-    full: list[int] = []
-    for i, count in enumerate(like.groups):
-        sizes = [a.size for a in like.body.axes[len(full) : len(full) + count]]
-        if np.shape(array)[i] == 1:
-            full += [1] * count
-        elif math.prod(sizes) == np.shape(array)[i]:
-            full += sizes
-        else:
-            raise walk.refuse(like.near, "shapes cannot be aligned", _MEASURE)
-    array = array.reshape(tuple(full))
-    for axis, a in enumerate(like.body.axes):
-        if not a.channel or array.shape[axis] == 1:
-            continue
-        first = array[(slice(None),) * axis + (slice(0, 1),)]
-        if is_traced(array) or not bool((array == first).all()):
-            raise walk.refuse(
-                like.near,
-                "a known array that varies along channels (raw inputs, a position code, a dropout mask, trained "
-                "values) makes channels differently distributed",
-                "put a Dense layer between the input and this step; use zeros or ones as initial value; pass "
-                "apply_kwargs that switch dropout off",
-                what=f"{_name(walk)} with a known array along channels",
-            )
-        array = first
-    return array
-
-
-def _name(walk: Walk) -> str:
-    return walk.equation.name if walk.equation is not None else ""
-
-
-# ------------------------------------------------------------------ arithmetic
 
 
 def scaled(walk: Walk, body, factor) -> Any:
@@ -240,12 +101,12 @@ def _why_no_leaf(walk: Walk, sums: list[Sum]) -> tuple[str, str]:
         return (
             "a known array that varies over positions enters the nonlinearity, which is then another function at every "
             "position",
-            _MEASURE,
+            MEASURE,
         )
     return (
         "it is a nonlinear function of several different random fields (a gate, a product, or a nonlinearity after a "
         "sum with activations); only functions of one Gaussian pre-activation are exact here",
-        "apply the nonlinearity before the sum (pre-activation residual); or " + _MEASURE,
+        "apply the nonlinearity before the sum (pre-activation residual); or " + MEASURE,
     )
 
 
@@ -274,7 +135,7 @@ def _add(walk: Walk, operands, sign: float = 1.0):
             continue
         signed.append(scaled(walk, body, sign) if position else body)
     if tangents and any(isinstance(b, Sum) for b in signed):
-        raise walk.refuse(like.near, "a tangent and a value are added, which no derivative does", _MEASURE)
+        raise walk.refuse(like.near, "a tangent and a value are added, which no derivative does", MEASURE)
     result = Field(total(walk, signed), like.groups, like.near)
     _name_bias(walk, operands, result)
     return [result]
@@ -303,14 +164,14 @@ def _weights_only(walk: Walk, operands):
     if any(isinstance(v, Field) for v in operands):
         return None
     for one, other in (operands, operands[::-1]):
-        if isinstance(one, Const) and one.scalar == 0 and _name(walk) != "sub":
+        if isinstance(one, Const) and one.scalar == 0 and name_of(walk) != "sub":
             return [other]
     views = [v for v in operands if isinstance(v, WeightView)]
     raise walk.refuse(
         "",
         f"the weight {walk.leaf_name(views[0])} is combined with another array before it meets the data",
         "use the weight as it is, and move the change into its initializer",
-        what=f"{_name(walk)} on a weight",
+        what=f"{name_of(walk)} on a weight",
     )
 
 
@@ -319,7 +180,7 @@ def _mul(walk: Walk, operands):
     for one, other in ((left, right), (right, left)):
         if isinstance(one, Const) and one.scalar is not None:
             if one.scalar == 0:
-                return [_zeros(walk)]
+                return [zeros(walk)]
             if isinstance(other, WeightView):
                 return [other.scaled(float(one.scalar))]
     if not any(isinstance(v, Field) for v in operands):
@@ -345,7 +206,7 @@ def _times(walk: Walk, bodies, like: Field) -> Any:
         if isinstance(one, Const):
             return scaled(walk, other, float(one.scalar))
     if isinstance(left, Tangent) and isinstance(right, Tangent):
-        raise walk.refuse(like.near, "second derivatives are not covered", _MEASURE)
+        raise walk.refuse(like.near, "second derivatives are not covered", MEASURE)
     if isinstance(right, Tangent):
         left, right = right, left
     if isinstance(left, Tangent):
@@ -363,7 +224,7 @@ def times_tangent(walk: Walk, tangent: Tangent, factor: Sum, near: str) -> Tange
             raise walk.refuse(
                 near,
                 "the derivative of a nonlinearity after a position average of activations depends on several Gaussians",
-                _MEASURE,
+                MEASURE,
             )
         # a known factor goes to the coefficient, where the same factor stands in the primal field
         h, known = walk.arena.unscaled(g)
@@ -378,7 +239,7 @@ def _weight_times(walk: Walk, left, right):
     known = right if view is left else left
     if isinstance(known, WeightView):
         raise walk.refuse(
-            "", "two weights are multiplied before they meet the data", _MEASURE, what="a product of weights"
+            "", "two weights are multiplied before they meet the data", MEASURE, what="a product of weights"
         )
     if not view.tangent:
         raise walk.refuse(
@@ -391,12 +252,6 @@ def _weight_times(walk: Walk, left, right):
     return [Field(_times(walk, bodies, like), like.groups, like.near)]
 
 
-def _zeros(walk: Walk) -> Const:
-    assert walk.equation is not None
-    aval = walk.program.body.avals[walk.equation.outputs[0]]
-    return Const(np.zeros((1,) * len(aval.shape)), tuple(aval.shape))
-
-
 def _div(walk: Walk, operands):
     import jax
 
@@ -407,7 +262,7 @@ def _div(walk: Walk, operands):
             return _mul(walk, [above, Const(np.full((1,) * len(below.shape), 1.0 / float(scalar)), below.shape)])
         return _mul(walk, [above, Const(1.0 / below.value, below.shape)])
     if isinstance(above, Const) and above.scalar == 0:
-        return [_zeros(walk)]
+        return [zeros(walk)]
     bodies, like = aligned(walk, operands)
     near = like.near
     if isinstance(bodies[0], Tangent) and isinstance(bodies[1], Sum):
@@ -424,7 +279,7 @@ def nonlinear(walk: Walk, operands):
     bodies, like = aligned(walk, operands)
     if any(isinstance(b, Tangent) for b in bodies):
         raise walk.refuse(
-            like.near, "a nonlinear function of a derivative (a gradient penalty?) is not covered", _MEASURE
+            like.near, "a nonlinear function of a derivative (a gradient penalty?) is not covered", MEASURE
         )
     dtype = np.dtype(walk.program.body.avals[walk.equation.outputs[0]].dtype)
     dtype = None if np.issubdtype(dtype, np.floating) or dtype.kind == "V" else dtype
@@ -439,7 +294,7 @@ def _grounded(walk: Walk, value):
             "",
             f"a nonlinear function of the weight {walk.leaf_name(value)} alone: its entries are not Gaussian any more",
             "initialise the transformed weight directly",
-            what=f"{_name(walk)} of a weight",
+            what=f"{name_of(walk)} of a weight",
         )
     return value
 
@@ -471,7 +326,7 @@ def _select(walk: Walk, operands):
         if isinstance(body, Const) and body.scalar == 0 or isinstance(body, Sum) and _zero(body.constant):
             continue
         if not isinstance(body, Tangent):
-            raise walk.refuse(near, "a derivative is replaced by a value that is not zero", _MEASURE)
+            raise walk.refuse(near, "a derivative is replaced by a value that is not zero", MEASURE)
         ones = [Const(np.full((1,) * len(like.shape), float(i == number)), like.shape) for i in range(len(bodies))]
         mask = _function(walk, walk.equation.primitive, walk.equation.params, [which, *ones], near)
         parts.append(times_tangent(walk, body, mask, near))
@@ -490,7 +345,7 @@ def _convert(walk: Walk, operands):
         raise walk.refuse(
             value.near,
             "activations become integers, so derivatives vanish and the result depends on rounding",
-            _MEASURE,
+            MEASURE,
         )
     if isinstance(atom, Ew) and kind is not None:
         body = walk.arena.function(atom.leaf, ex.cast(atom.expr, dtype if dtype.kind in {"i", "u", "b"} else None))
@@ -498,228 +353,8 @@ def _convert(walk: Walk, operands):
     return [value]
 
 
-# ------------------------------------------------------------------ shapes
-
-
 def _pass(walk: Walk, operands):
     return [operands[0]]
-
-
-def _shape_rule(walk: Walk, operands):
-    assert walk.equation is not None
-    name, params, value = walk.equation.name, walk.equation.params, operands[0]
-    if len(operands) > 1 or name == "reshape" and params.get("dimensions") is not None:
-        raise walk.refuse(near_of(operands), "shapes or indices that depend on data", _MEASURE)
-    shape = tuple(walk.program.body.avals[walk.equation.outputs[0]].shape)
-    if isinstance(value, WeightView):
-        return [_weight_shape(walk, value, shape)]
-    body, groups = value.body, value.groups
-    if name in ("reshape", "squeeze", "expand_dims"):
-        body, groups = _reshaped(walk, value, shape)
-    elif name == "broadcast_in_dim":
-        dims = params["broadcast_dimensions"]
-        inserted = [1] * len(shape)
-        for axis, target in enumerate(dims):
-            inserted[target] = value.shape[axis]
-        body, groups = _reshaped(walk, value, tuple(inserted))
-        if tuple(inserted) != shape:
-            moved = _broadcast(walk, Field(body, groups, value.near), shape, "its new shape")
-            body, groups = moved.body, moved.groups
-    elif name == "transpose":
-        body, groups = _transposed(walk, value, params["permutation"])
-    elif name in ("slice", "rev"):
-        body = _indexed(walk, value)
-    return [Field(body, groups, value.near)]
-
-
-def _weight_shape(walk: Walk, view: WeightView, shape: tuple[int, ...]) -> WeightView:
-    assert walk.equation is not None
-    name, params = walk.equation.name, walk.equation.params
-    if name in ("reshape", "squeeze", "expand_dims"):
-        new = view.reshaped(shape)
-        if new is None:
-            raise walk.refuse(
-                "",
-                f"the weight {walk.leaf_name(view)} is reshaped after a transpose",
-                "reshape it before",
-                what="reshape",
-            )
-        return new
-    if name == "broadcast_in_dim":
-        return view.broadcast(shape, params["broadcast_dimensions"])
-    if name == "transpose":
-        return view.transposed(params["permutation"])
-    if name == "rev":
-        return view.reversed(params["dimensions"])
-    steps = params["strides"] or (1,) * len(shape)
-    return view.sliced(params["start_indices"], params["limit_indices"], steps)
-
-
-def _reshaped(walk: Walk, field: Field, shape: tuple[int, ...]) -> tuple[Any, tuple[int, ...]]:
-    """Regroup the axes: boundaries that fall inside an axis split it, neighbours of one kind merge."""
-    queue = [a for a in field.body.axes if a.size != 1]
-    axes: list[Axis] = []
-    groups: list[int] = []
-    for size in shape:
-        group: list[Axis] = []
-        product = 1
-        while product < size:
-            axis = queue.pop(0)
-            need = size // product
-            if axis.size > need:
-                if size % product or axis.size % need:
-                    raise walk.refuse(field.near, "a reshape cuts across axes of unequal length", _MEASURE)
-                queue.insert(0, Axis(axis.size // need, axis.channel))
-                axis = Axis(need, axis.channel)
-            product *= axis.size
-            if group and group[-1].channel == axis.channel:
-                group[-1] = Axis(group[-1].size * axis.size, axis.channel)
-            else:
-                group.append(axis)
-        if product != size:
-            raise walk.refuse(field.near, "a reshape cuts across axes of unequal length", _MEASURE)
-        if not group:
-            # an axis of size 1 stays a channel if the old shape ends in one, as in a readout of width 1
-            last = field.body.axes[-1] if field.body.axes else Axis(1, False)
-            group = [Axis(1, last.channel and last.size == 1 and len(groups) == len(shape) - 1)]
-        axes += group
-        groups.append(len(group))
-    return walk.arena.relayout(field.body, Relayout("reshape", tuple(axes))), tuple(groups)
-
-
-def _transposed(walk: Walk, field: Field, permutation) -> tuple[Any, tuple[int, ...]]:
-    starts = np.concatenate([[0], np.cumsum(field.groups)])
-    order = [int(a) for p in permutation for a in range(starts[p], starts[p + 1])]
-    channels = [a for a in order if field.body.axes[a].channel and field.body.axes[a].size > 1]
-    if channels != sorted(channels):
-        raise walk.refuse(
-            field.near,
-            "two channel axes change places: entry (i, j) becomes entry (j, i), which is another random number",
-            _MEASURE,
-        )
-    return walk.arena.relayout(field.body, Relayout("transpose", tuple(order))), tuple(
-        field.groups[p] for p in permutation
-    )
-
-
-def _indexed(walk: Walk, field: Field):
-    assert walk.equation is not None
-    params, shape = walk.equation.params, field.shape
-    if walk.equation.name == "rev":
-        cuts = [(None, None, -1) if i in params["dimensions"] else (None, None, None) for i in range(len(shape))]
-    else:
-        steps = params["strides"] or (1,) * len(shape)
-        ranges = zip(params["start_indices"], params["limit_indices"], steps, shape, strict=True)
-        cuts = [(None, None, None) if a == 0 and b == n and c == 1 else (a, b, c) for a, b, c, n in ranges]
-    return _cut(walk, field, cuts)
-
-
-def _cut(walk: Walk, field: Field, cuts):
-    at, per_axis, picks = 0, [], []
-    for cut, count in zip(cuts, field.groups, strict=True):
-        channel = any(a.channel for a in field.body.axes[at : at + count])
-        if cut != (None, None, None) and channel:
-            picks.append((at, cut))
-            cut = (None, None, None)
-        if cut != (None, None, None) and count > 1 or picks and picks[-1][0] == at and count > 1:
-            raise walk.refuse(field.near, "it picks from an axis that merges positions and channels", _MEASURE)
-        per_axis += [cut] * count
-        at += count
-    body = field.body
-    if any(cut != (None, None, None) for cut in per_axis):
-        body = walk.arena.relayout(body, Relayout("index", tuple(per_axis)))
-    for axis, cut in picks:
-        body = _picked(walk, field, body, axis, cut)
-    return body
-
-
-def _picked(walk: Walk, field: Field, body, axis: int, cut):
-    """Some channels of a field: the same field made by some columns of the weights, independent of the others."""
-    start, stop, step = slice(*cut).indices(body.axes[axis].size)
-    picked = channels_of(walk, body, axis, (start, stop, step)) if step > 0 else None
-    if picked is None:
-        raise walk.refuse(
-            field.near,
-            "it picks some of the channels in a way that cannot be followed to the weights that made them",
-            "use one Dense layer for each part",
-        )
-    return picked
-
-
-def _split(walk: Walk, operands):
-    assert walk.equation is not None
-    (value,) = operands
-    params = walk.equation.params
-    axis, start, results = params["axis"], 0, []
-    for size in map(int, params["sizes"]):
-        if isinstance(value, WeightView):
-            starts = [start if i == axis else 0 for i in range(len(value.shape))]
-            limits = [start + size if i == axis else n for i, n in enumerate(value.shape)]
-            results.append(value.sliced(starts, limits, (1,) * len(value.shape)))
-        else:
-            cuts: list[Any] = [(None, None, None)] * len(value.shape)
-            cuts[axis] = (start, start + size, 1)
-            results.append(Field(_cut(walk, value, cuts), value.groups, value.near))
-        start += size
-    return results
-
-
-def _reduce_sum(walk: Walk, operands):
-    assert walk.equation is not None
-    (value,) = operands
-    if isinstance(value, WeightView):
-        raise walk.refuse("", f"a sum over the weight {walk.leaf_name(value)} alone", _MEASURE, what="a sum of weights")
-    starts = np.concatenate([[0], np.cumsum(value.groups)])
-    axes = [int(a) for p in walk.equation.params["axes"] for a in range(starts[p], starts[p + 1])]
-    if any(value.body.axes[a].channel for a in axes):
-        return [_mean_over_channels(walk, value, axes)]
-    groups = tuple(count for p, count in enumerate(value.groups) if p not in walk.equation.params["axes"])
-    return [Field(walk.arena.relayout(value.body, Relayout("sum", tuple(axes))), groups, value.near)]
-
-
-def _is_shared(atom: Atom) -> bool:
-    """Whether a tangent atom is one number for all channels."""
-    if not isinstance(atom, Lin):
-        return False
-    if atom.map.kind == "broadcast":
-        pairs = zip(atom.axes, atom.source.axes, strict=True)
-        if any(a.channel and a.size > 1 and b.size == 1 for a, b in pairs):
-            return True
-    sums = [atom.source] if isinstance(atom.source, Sum) else [g for _, g in atom.source.parts]
-    return any(_is_shared(a) for s in sums for a, _ in s.terms)
-
-
-def _mean_over_channels(walk: Walk, value: Field, axes: list[int]) -> Const:
-    """A sum over channels is their number times the mean: the law of large numbers."""
-    assert walk.equation is not None
-    shape = tuple(walk.program.body.avals[walk.equation.outputs[0]].shape)
-    if isinstance(value.body, Tangent):  # tangents have mean zero; what is left is O(1 / sqrt(n))
-        if any(_is_shared(atom) for _, g in value.body.parts for atom, _ in g.terms):
-            raise walk.refuse(
-                value.near,
-                "a mean over channels follows a trainable number shared by all of them, so the mean's own tangent does "
-                "not vanish",
-                "let the gain have one entry a channel",
-            )
-        return _zeros(walk)
-    count = math.prod(value.body.axes[a].size for a in axes if value.body.axes[a].channel)
-    if count < 32:
-        walk.note(
-            f"mean {value.near}",
-            f"after {value.near}: a mean over {count} channels is replaced by its expectation; the finite network "
-            f"differs by O(1/{count})",
-        )
-    mean = walk.mean(value.body)
-    if mean is None:
-        return _zeros(walk)
-    kept = tuple(n if n > 1 else 1 for i, n in enumerate(np.shape(mean)) if i not in axes)
-    mean = mean.sum(axis=tuple(axes)).reshape(kept) * float(count)
-    if len(kept) != len(shape):  # positions that the program sees as one axis
-        groups = [count for p, count in enumerate(value.groups) if p not in walk.equation.params["axes"]]
-        full = [a for i, a in enumerate(value.body.axes) if i not in axes]
-        xp = xp_of(mean)
-        mean = xp.broadcast_to(mean, tuple(a.size for a in full)).reshape(shape) if max(groups) > 1 else mean
-    return const(mean, shape) if np.shape(mean) == shape else Const(mean, shape)
 
 
 RULES = {
@@ -735,13 +370,4 @@ RULES = {
     "copy_p": _pass,
     "stop_gradient": _pass,
     "reduce_precision": _pass,
-    "reshape": _shape_rule,
-    "squeeze": _shape_rule,
-    "expand_dims": _shape_rule,
-    "broadcast_in_dim": _shape_rule,
-    "transpose": _shape_rule,
-    "slice": _shape_rule,
-    "rev": _shape_rule,
-    "split": _split,
-    "reduce_sum": _reduce_sum,
 }

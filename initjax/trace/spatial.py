@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from initjax.trace.align import zeros
 from initjax.trace.contract import contract
 from initjax.trace.domain import Const, Field, Sum, Tangent
 from initjax.trace.maps import Box, Relayout, Window
-from initjax.trace.rules import RULES, _transposed, _zeros, total
+from initjax.trace.rules import RULES, total
+from initjax.trace.shapes import transposed
 from initjax.trace.views import WeightView
 from initjax.trace.walk import Walk, near_of
 
@@ -25,7 +27,7 @@ def _convolution(walk: Walk, operands):
     data, kernel = operands
     params = walk.equation.params
     if any(isinstance(v, Const) and v.scalar == 0 for v in operands):
-        return [_zeros(walk)]
+        return [zeros(walk)]
     if isinstance(kernel, Const) or isinstance(data, WeightView):
         raise walk.refuse(
             near_of(operands),
@@ -80,14 +82,14 @@ def _convolution(walk: Walk, operands):
         result = contract(walk, Field(body, data.groups, data.near), one, (numbers.lhs_spec[1],), (0,), False)
         bodies.append(result.body)
     if result is None:
-        return [_zeros(walk)]
+        return [zeros(walk)]
     field = Field(total(walk, bodies) if len(bodies) > 1 else bodies[0], result.groups, result.near)
     # contract leaves the kept axes in the data's order and the channels last
     order = [axis for axis in range(len(out_shape)) if axis != numbers.lhs_spec[1]]
     names = {axis: numbers.out_spec[numbers.lhs_spec.index(axis)] for axis in order}
     layout = [names[axis] for axis in order] + [numbers.out_spec[1]]
     if layout != sorted(layout):
-        moved, groups = _transposed(walk, field, [layout.index(i) for i in range(len(layout))])
+        moved, groups = transposed(walk, field, [layout.index(i) for i in range(len(layout))])
         field = Field(moved, groups, field.near)
     if not kernel.tangent:
         walk.record(field.near, field)

@@ -162,7 +162,8 @@ class Walk:
     def run(self, inputs: list[Any]) -> Walked:
         """Walk the program on concrete or traced input leaves."""
         from initjax.trace import spatial  # noqa: F401  (adds its rules, and those of contract)
-        from initjax.trace.rules import RULES, const_rule, nonlinear
+        from initjax.trace.align import const_rule
+        from initjax.trace.rules import RULES, nonlinear
 
         values = self._start(inputs)
         body = self.program.body
