@@ -122,7 +122,7 @@ def test_core_dependencies_have_no_upper_caps_and_tools_are_pinned():
     extras = project["optional-dependencies"]
     assert "crosscheck" not in extras["all"][0] and not any("neural" in d for d in extras["all"])
     for tool in ("ruff", "pyright"):
-        assert any(re.fullmatch(rf"{tool}==[\d.]+", d) for d in extras["dev"])
+        assert any(re.fullmatch(rf"{tool}(\[\w+\])?==[\d.]+", d) for d in extras["dev"])
 
 
 def test_lock_holds_exact_versions_and_no_hosts_or_paths():
