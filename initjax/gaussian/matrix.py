@@ -14,7 +14,7 @@ import numpy as np
 
 from initjax.gaussian.activation import Activation
 from initjax.gaussian.closed import FORMS, Member, recognise
-from initjax.gaussian.series import coefficients, series, stacked
+from initjax.gaussian.series import coefficients, series
 from initjax.trace.jaxpr import float64
 
 WORTH_COMPILING = 200_000  # entries; below this NumPy is faster than dispatching
@@ -96,16 +96,21 @@ def matrix_pair(f: Activation, g: Activation, q1: np.ndarray, q2: np.ndarray, c:
     b = a if f is g and np.array_equal(q1, q2) else _coefficient_rows(g, q2)
     if a is None or b is None:
         return None
-    terms = min(a.shape[1], b.shape[1])
+    if a.shape[1] < b.shape[1]:  # what is negligible beside itself is not so beside the row of a larger variance
+        a = _coefficient_rows(f, q1, b.shape[1])
+    elif b.shape[1] < a.shape[1]:
+        b = _coefficient_rows(g, q2, a.shape[1])
+    if a is None or b is None:
+        return None
     symmetric = b is a and np.array_equal(c, c.T)
-    a, b = a[:, :terms], np.ascontiguousarray(b[:, :terms].T)
+    b = np.ascontiguousarray(b.T)
     if np.abs(a[:, ::2]).max() < 1e-16 * np.abs(a).max():  # odd f: half the terms, in c^2
         return c * _horner(np.ascontiguousarray(a[:, 1::2]), b[1::2], c * c, symmetric)
     return _horner(a, b, c, symmetric)
 
 
-def _coefficient_rows(act: Activation, q: np.ndarray) -> np.ndarray | None:
-    """Resolved Hermite coefficients for every q, (len(q), K), or None.
+def _coefficient_rows(act: Activation, q: np.ndarray, at_least: int = 0) -> np.ndarray | None:
+    """Resolved Hermite coefficients for every q, (len(q), K >= at_least), or None.
 
     a_k is a smooth function of log q, so that many distinct variances are served by interpolation between a few
     Chebyshev nodes, doubled until the values halfway between the nodes are right to 13 digits.
@@ -115,12 +120,15 @@ def _coefficient_rows(act: Activation, q: np.ndarray) -> np.ndarray | None:
         if distinct.size > _DISTINCT:
             return None
         rows = [series(act, float(v)) for v in distinct]
-        return stacked(rows)[back] if all(r.resolved for r in rows) else None
+        if not all(r.resolved for r in rows):
+            return None
+        terms = max(at_least, *(len(r.a) for r in rows))
+        return np.stack([coefficients(act, float(v), terms)[0] for v in distinct])[back]
     low, high = np.log(distinct[0]), np.log(distinct[-1])
     ends = [series(act, float(v)) for v in (distinct[0], distinct[-1])]
     if not all(r.resolved for r in ends):
         return None
-    terms = max(len(r.a) for r in ends)  # not cut row by row: a cut coefficient is no smooth function of q
+    terms = max(at_least, *(len(r.a) for r in ends))  # not cut row by row: a cut coefficient is no smooth function of q
     count = 12
     while count <= 200:
         nodes, halfway = (np.cos(np.pi * (np.arange(n) + 0.5) / n) for n in (count, 3))
