@@ -22,7 +22,7 @@ from initjax.gaussian import bivariate
 from initjax.gaussian.activation import Activation, as_activation
 from initjax.gaussian.closed import FORMS, recognise
 from initjax.gaussian.expect import _expect, check_q, density, host_rule, scalar, traced_rule
-from initjax.gaussian.matrix import WORTH_COMPILING, matrix_pair
+from initjax.gaussian.matrix import FEW, WORTH_COMPILING, coefficient_pair, matrix_pair
 from initjax.gaussian.nodes import REACH, unit_edges
 from initjax.gaussian.series import RESOLVED, aligned, evaluate, series, stacked
 from initjax.trace.jaxpr import is_traced
@@ -188,6 +188,10 @@ def _off_diagonal(f, g, q1, q2, c, s):
     out = np.empty(c.size)
     rows1, back1 = np.unique(q1, return_inverse=True)
     rows2, back2 = np.unique(q2, return_inverse=True)
+    if max(rows1.size, rows2.size) > FEW:
+        resolved = coefficient_pair(f, g, rows1, rows2)
+        if resolved is not None:
+            return _sum_series(*resolved, back1, back2, c)
     left = [series(f, float(q)) for q in rows1]
     right = left if f is g and np.array_equal(rows1, rows2) else [series(g, float(q)) for q in rows2]
     if left is not right or len(left) > 1:
@@ -199,16 +203,21 @@ def _off_diagonal(f, g, q1, q2, c, s):
     sizes = np.sqrt(np.array([r.square for r in left])[back1] * np.array([r.square for r in right])[back2])
     reached = tails * np.abs(c) ** terms <= RESOLVED * sizes
     todo = np.flatnonzero(reached)
-    if rows1.size == rows2.size == 1:
-        out[todo] = evaluate(a[0], b[0], c[todo])
-    else:
-        step = max(1, 2_000_000 // terms)
-        for start in range(0, todo.size, step):
-            part = todo[start : start + step]
-            out[part] = evaluate(a[back1[part]], b[back2[part]], c[part])
+    out[todo] = _sum_series(a, b, back1[todo], back2[todo], c[todo])
     rest = np.flatnonzero(~reached)
     if rest.size:
         out[rest] = _by_quadrature(f, g, q1[rest], q2[rest], c[rest], s[rest])
+    return out
+
+
+def _sum_series(a, b, back1, back2, c):
+    if len(a) == len(b) == 1:
+        return evaluate(a[0], b[0], c)
+    out = np.empty(c.size)
+    step = max(1, 2_000_000 // a.shape[1])
+    for start in range(0, c.size, step):
+        part = slice(start, start + step)
+        out[part] = evaluate(a[back1[part]], b[back2[part]], c[part])
     return out
 
 

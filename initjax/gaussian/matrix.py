@@ -21,7 +21,7 @@ WORTH_COMPILING = 200_000  # entries; below this NumPy is faster than dispatchin
 _TILE = 1 << 14  # entries of one tile: c, the sum and one term stay in the second-level cache
 _PARTS = 4  # independent pieces, which the runtime spreads over the cores
 _SIDE = 96  # side of a tile of Horner's rule: three of them fit into the first- and second-level cache
-_FEW = 24  # distinct variances up to which each has its own coefficients
+FEW = 24  # distinct variances up to which each has its own coefficients
 _DISTINCT = 512  # and beyond which, where they cannot be interpolated, the series is given up
 
 
@@ -92,6 +92,19 @@ def matrix_pair(f: Activation, g: Activation, q1: np.ndarray, q2: np.ndarray, c:
     columns = q2.size
     if p is not None and r is not None and p.family == r.family:
         return _by_closed_form(p, r, q1, q2, c, columns)
+    rows = coefficient_pair(f, g, q1, q2)
+    if rows is None:
+        return None
+    a, b = rows
+    symmetric = b is a and np.array_equal(c, c.T)
+    b = np.ascontiguousarray(b.T)
+    if np.abs(a[:, ::2]).max() < 1e-16 * np.abs(a).max():  # odd f: half the terms, in c^2
+        return c * _horner(np.ascontiguousarray(a[:, 1::2]), b[1::2], c * c, symmetric)
+    return _horner(a, b, c, symmetric)
+
+
+def coefficient_pair(f: Activation, g: Activation, q1: np.ndarray, q2: np.ndarray):
+    """Resolved Hermite coefficients of f at every q1 and of g at every q2, of one length, or None."""
     a = _coefficient_rows(f, q1)
     b = a if f is g and np.array_equal(q1, q2) else _coefficient_rows(g, q2)
     if a is None or b is None:
@@ -100,13 +113,7 @@ def matrix_pair(f: Activation, g: Activation, q1: np.ndarray, q2: np.ndarray, c:
         a = _coefficient_rows(f, q1, b.shape[1])
     elif b.shape[1] < a.shape[1]:
         b = _coefficient_rows(g, q2, a.shape[1])
-    if a is None or b is None:
-        return None
-    symmetric = b is a and np.array_equal(c, c.T)
-    b = np.ascontiguousarray(b.T)
-    if np.abs(a[:, ::2]).max() < 1e-16 * np.abs(a).max():  # odd f: half the terms, in c^2
-        return c * _horner(np.ascontiguousarray(a[:, 1::2]), b[1::2], c * c, symmetric)
-    return _horner(a, b, c, symmetric)
+    return None if a is None or b is None else (a, b)
 
 
 def _coefficient_rows(act: Activation, q: np.ndarray, at_least: int = 0) -> np.ndarray | None:
@@ -116,7 +123,7 @@ def _coefficient_rows(act: Activation, q: np.ndarray, at_least: int = 0) -> np.n
     Chebyshev nodes, doubled until the values halfway between the nodes are right to 13 digits.
     """
     distinct, back = np.unique(q, return_inverse=True)
-    if distinct.size <= _FEW or distinct[0] <= 0:
+    if distinct.size <= FEW or distinct[0] <= 0:
         if distinct.size > _DISTINCT:
             return None
         rows = [series(act, float(v)) for v in distinct]
