@@ -1,5 +1,6 @@
 """Fixed points, criticality and phase diagrams against a 200-bit oracle, iteration, and wide random networks."""
 
+import functools
 import json
 import pathlib
 import warnings
@@ -263,6 +264,17 @@ def test_large_batches_take_the_compiled_route_and_agree():
     big = ij.phase_diagram(erf, w.reshape(50, 100), b.reshape(50, 100))
     few = ij.fixed_point(erf, w[:5], b[:5])
     np.testing.assert_allclose(big.q.ravel()[:5], few.q, rtol=1e-11)
+
+
+def test_a_sweep_over_activations_stacks_their_diagrams():
+    w, b = np.linspace(0.8, 2.0, 4), np.linspace(0.0, 0.3, 3)
+    slopes = (0.0, 0.3)
+    family = [functools.partial(jax.nn.leaky_relu, negative_slope=a) for a in slopes]
+    sweep = ij.phase_diagram(family, w, b)
+    assert sweep.q.shape == (2, 4, 3) and sweep.critical_line.shape == (2, 3, 3)
+    for i, a in enumerate(slopes):
+        np.testing.assert_allclose(sweep[i].chi_1[:, 1], w**2 * (1 + a * a) / 2, rtol=1e-14)
+        assert sweep[i].phase.shape == (4, 3)
 
 
 def test_a_diagram_can_be_drawn():

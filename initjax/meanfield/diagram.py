@@ -1,5 +1,8 @@
 """Phase diagrams: the fixed point of every (sigma_w, sigma_b) of a grid, with the critical line."""
 
+import dataclasses
+
+import jax
 import numpy as np
 
 from initjax.errors import InputError
@@ -41,6 +44,13 @@ class PhaseDiagram:
     critical_line: np.ndarray
     phase: np.ndarray
 
+    def __getitem__(self, index) -> "PhaseDiagram":
+        """The diagram of one activation of a sweep over activations, or any part along the leading axis."""
+        return jax.tree.map(lambda leaf: leaf[index], self)._with_phase(self.phase[index])
+
+    def _with_phase(self, phase) -> "PhaseDiagram":
+        return dataclasses.replace(self, phase=phase)
+
     def plot(self, ax=None):
         """Draw the phases, the critical line (unstable part dashed) and contours of the correlation depth scale.
 
@@ -66,7 +76,8 @@ def phase_diagram(phi, sigma_w, sigma_b, q0=1.0) -> PhaseDiagram:
 
     Parameters
     ----------
-    phi : elementwise JAX callable or `ij.Activation`.
+    phi : elementwise JAX callable or `ij.Activation`, or a list of them (a sweep over parameters of the activation):
+        every field then has a leading axis, and `diagram[i]` is the diagram of the i-th.
     sigma_w, sigma_b : standard deviations >= 0. Two one-dimensional arrays span a grid, (len(sigma_w), len(sigma_b));
         anything else broadcasts.
     q0 : second moment of the first pre-activations, where several fixed points attract.
@@ -94,6 +105,8 @@ def phase_diagram(phi, sigma_w, sigma_b, q0=1.0) -> PhaseDiagram:
     ----------
     Poole et al. 2016 (arXiv:1606.05340), figure 1; Schoenholz et al. 2017 (arXiv:1611.01232), figures 1-2.
     """
+    if isinstance(phi, (list, tuple)):
+        return _sweep_over_activations(phi, sigma_w, sigma_b, q0)
     act = as_activation(phi)
     if is_traced(sigma_w, sigma_b, q0):
         raise InputError(
@@ -131,6 +144,19 @@ def phase_diagram(phi, sigma_w, sigma_b, q0=1.0) -> PhaseDiagram:
         critical_line=_line(act, line_b),
         phase=shaped(point["phase"]),
     )
+
+
+def _sweep_over_activations(phis, sigma_w, sigma_b, q0) -> PhaseDiagram:
+    if not phis:
+        raise InputError(
+            "phase_diagram got an empty list of activations.",
+            "one activation, or a list of at least one.",
+            "an empty sweep has no shape.",
+            "ij.phase_diagram([partial(jax.nn.leaky_relu, negative_slope=a) for a in slopes], sigma_w, sigma_b).",
+        )
+    each = [phase_diagram(phi, sigma_w, sigma_b, q0) for phi in phis]
+    fields = {f.name: np.stack([getattr(d, f.name) for d in each]) for f in dataclasses.fields(PhaseDiagram)}
+    return PhaseDiagram(**fields)
 
 
 def _chaotic(act, q, moment, w, b) -> np.ndarray:
