@@ -26,7 +26,9 @@ CRITICAL_WITHIN = 1e-9  # |chi_1 - 1| below this is called critical; chi_1 itsel
 def check_sigma(value, name: str) -> np.ndarray:
     """A standard deviation as float64, refused when negative, complex, NaN or infinite."""
     array = np.asarray(value)
-    if array.dtype.kind not in "fiub" or not np.all(array <= _LARGEST_SIGMA) or np.any(array < 0):
+    if array.dtype.kind in "fiub":
+        array = array.astype(np.float64)  # before comparing: 1e50 is no float32
+    if array.dtype != np.float64 or not np.all(array <= _LARGEST_SIGMA) or np.any(array < 0):
         raise InputError(
             f"{name} = {value}.",
             f"finite real numbers >= 0, at most {_LARGEST_SIGMA:g}.",
@@ -34,7 +36,7 @@ def check_sigma(value, name: str) -> np.ndarray:
             + ("W = sigma_w^2 / fan_in." if name == "sigma_w" else "b = sigma_b^2."),
             f"pass the standard deviation, not its logarithm; a variance v enters as {name} = v**0.5.",
         )
-    return array.astype(np.float64)
+    return array
 
 
 def fixed_point(phi, sigma_w, sigma_b=0.0, q0=1.0) -> FixedPoint:
