@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from initjax.meanfield import PhaseDiagram as PhaseDiagram
     from initjax.meanfield import Trajectory as Trajectory
     from initjax.meanfield import Universality as Universality
+    from initjax.meanfield import VarianceRoots as VarianceRoots
     from initjax.meanfield import critical as critical
     from initjax.meanfield import critical_points as critical_points
     from initjax.meanfield import fixed_point as fixed_point
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from initjax.meanfield import phase_diagram as phase_diagram
     from initjax.meanfield import propagate as propagate
     from initjax.meanfield import universality as universality
+    from initjax.meanfield import variance_roots as variance_roots
     from initjax.spectrum import condition_number as condition_number
     from initjax.spectrum import effective_rank as effective_rank
     from initjax.spectrum import max_learning_rate as max_learning_rate
@@ -67,6 +69,7 @@ _HOME = {
     "Inputs": "meanfield",
     "PhaseDiagram": "meanfield",
     "Trajectory": "meanfield",
+    "VarianceRoots": "meanfield",
     "Universality": "meanfield",
     "critical": "meanfield",
     "critical_points": "meanfield",
@@ -75,6 +78,7 @@ _HOME = {
     "phase_diagram": "meanfield",
     "propagate": "meanfield",
     "universality": "meanfield",
+    "variance_roots": "meanfield",
     "condition_number": "spectrum",
     "effective_rank": "spectrum",
     "max_learning_rate": "spectrum",

@@ -222,6 +222,25 @@ def test_bistable_gelu_depends_on_where_it_starts():
     assert high.phase == "unbounded" and np.isinf(high.q) and np.isnan(high.c)
 
 
+def test_all_roots_of_a_bistable_map_and_their_basins():
+    roots = ij.variance_roots(jax.nn.gelu, 1.48, 0.1)
+    assert list(roots.stable) == [True, False, True] and np.isinf(roots.q[2])
+    # each finite root is fixed, and a start on either side of the unstable one ends in its own basin
+    for q in roots.q[:2]:
+        np.testing.assert_allclose(1.48**2 * ij.gaussian.moment(jax.nn.gelu, q) + 0.01, q, rtol=1e-12)
+    below, above = (ij.fixed_point(jax.nn.gelu, 1.48, 0.1, q0=roots.q[1] * f) for f in (0.99, 1.01))
+    np.testing.assert_allclose(below.q, roots.q[0], rtol=1e-11)
+    assert above.phase == "unbounded"
+    assert roots.basin_low[0] == 0 and roots.basin_high[0] == roots.q[1] == roots.basin_low[2]
+    dead = ij.variance_roots(jnp.tanh, 1.5)
+    assert list(dead.q[:1]) == [0.0] and not dead.stable[0] and dead.stable[1]
+    np.testing.assert_allclose(dead.q[1], ij.fixed_point(jnp.tanh, 1.5).q, rtol=1e-12)
+    (line,) = ij.variance_roots(jax.nn.relu, 1.0, 0.5).q
+    np.testing.assert_allclose(line, 0.5, rtol=1e-12)
+    with pytest.raises(ij.InputError, match="scale-invariant"):
+        ij.variance_roots(jax.nn.relu, np.sqrt(2))
+
+
 def test_special_fixed_points():
     dead = ij.fixed_point(jnp.tanh, 0.8)
     assert dead.q == 0 and dead.phase == "ordered" and np.isnan(dead.c)

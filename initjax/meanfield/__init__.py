@@ -10,6 +10,8 @@ from initjax.meanfield.fixed import fixed_point as fixed_point
 from initjax.meanfield.results import CriticalPoint as CriticalPoint
 from initjax.meanfield.results import FixedPoint as FixedPoint
 from initjax.meanfield.results import Trajectory as Trajectory
+from initjax.meanfield.roots import VarianceRoots as VarianceRoots
+from initjax.meanfield.roots import variance_roots as variance_roots
 from initjax.meanfield.trajectory import propagate as propagate
 from initjax.meanfield.universality import Universality as Universality
 from initjax.meanfield.universality import universality as universality
