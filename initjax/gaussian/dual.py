@@ -56,9 +56,11 @@ def _as_matrix(f, g, q1, q2, c) -> np.ndarray | None:
         return None
     x, y = np.broadcast_to(q1.ravel(), shape[:1]), np.broadcast_to(q2.ravel(), shape[1:])
     out = matrix_pair(f, g, x, y, c)
-    if out is None or not np.all(np.isfinite(out)):
+    if out is None or not np.isfinite(out.sum()):
         return None
-    same = np.nonzero((c == 1) & (x[:, None] == y[None, :]))
+    row, column = np.nonzero(c == 1)
+    equal = x[row] == y[column]
+    same = (row[equal], column[equal])
     if same[0].size:
         distinct, back = np.unique(x[same[0]], return_inverse=True)
         out[same] = host_pair(f, g, distinct, distinct, np.ones_like(distinct))[back]
@@ -109,15 +111,17 @@ def cross(f, g, q1, q2, k):
     norm = np.sqrt(q1) * np.sqrt(q2)
     k, norm = np.broadcast_arrays(k, norm)
     c = np.divide(k, norm, out=np.zeros(norm.shape), where=norm > 0)
-    if not np.all(np.isfinite(k)) or np.any(np.abs(k) > norm * (1 + 1e-9) + 1e-300):
+    size = np.abs(c)
+    largest = float(size.max(initial=0.0))
+    if not (largest <= 1 + 1e-9 and np.all(np.abs(k[norm == 0]) <= 1e-300)):
         raise InputError(
-            "a covariance k is NaN, infinite, or larger than sqrt(q1 q2): "
-            f"largest |k| / sqrt(q1 q2) = {np.max(np.abs(c)):.12g}.",
+            f"a covariance k is NaN, infinite, or larger than sqrt(q1 q2): largest |k| / sqrt(q1 q2) = {largest:.12g}.",
             "covariances with |k| <= sqrt(q1 q2), up to rounding.",
             "no Gaussian pair has another covariance.",
             "pass the variances and covariance of one positive semidefinite kernel.",
         )
-    c = np.where(np.abs(c) > 1 - _SNAP, np.sign(c), c)
+    ends = size > 1 - _SNAP
+    c[ends] = np.sign(c[ends])  # in place: a kernel matrix may be large
     found = _as_matrix(f, g, q1, q2, c)
     if found is not None:
         return found
