@@ -17,7 +17,7 @@ from initjax.gaussian.activation import Activation
 from initjax.gaussian.expect import gaussian_rule
 from initjax.meanfield.results import CriticalPoint
 from initjax.meanfield.table import raw_moments
-from initjax.trace.jaxpr import float64, is_traced, jaxpr_as_fun
+from initjax.trace.jaxpr import float64, is_traced, jaxpr_as_fun, tracing_float64
 
 
 class Hoisted:
@@ -25,7 +25,7 @@ class Hoisted:
 
     def __init__(self, phi):
         self.name = getattr(phi, "__name__", type(phi).__name__)
-        with jax.enable_x64(True):
+        with tracing_float64():
             self.closed = jax.make_jaxpr(phi)(jax.ShapeDtypeStruct((), np.float64))
 
     def __call__(self, consts, x):

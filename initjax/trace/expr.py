@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from initjax.trace.jaxpr import float64
+
 _TABLE: dict[tuple, "Expr"] = {}
 
 
@@ -132,7 +134,7 @@ def apply(primitive, params: dict, args: list[Expr], dtype: np.dtype | None = No
     if name == "select_n" and args[0].op == "literal":
         return args[1 + int(args[0].value)]
     if all(a.op == "literal" for a in args):
-        with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+        with float64():
             arrays = [jnp.asarray(a.value, jnp.float64 if a.dtype is None else a.dtype) for a in args]
             return literal(np.asarray(primitive.bind(*arrays, **params))[()])
     key = (name, tuple(sorted((k, str(v)) for k, v in params.items())), tuple(id(a) for a in args))

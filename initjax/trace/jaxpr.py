@@ -25,6 +25,13 @@ def float64():
         yield
 
 
+@contextlib.contextmanager
+def tracing_float64():
+    """Trace with 64-bit types on, whatever the user's flag; unlike `float64`, tracers of the user's may take part."""
+    with jax.enable_x64(True):
+        yield
+
+
 def scan_parts(equation: JaxprEqn) -> tuple[int, int, ClosedJaxpr]:
     """Number of constants, number of carries, and body of a scan; JAX 0.12 describes them by trees."""
     params = equation.params

@@ -15,7 +15,7 @@ from initjax.errors import UnsupportedLayerError
 from initjax.trace.flax import Functional
 from initjax.trace.initstats import LeafStats, leaf_statistics
 from initjax.trace.inline import Straight, inline
-from initjax.trace.jaxpr import ClosedJaxpr
+from initjax.trace.jaxpr import ClosedJaxpr, tracing_float64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ def trace_program(functional: Functional, leaves: tuple[LeafStats, ...], x) -> P
         reals = [leaf for leaf, f in zip(xs, floating, strict=True) if f]
         return jax.make_jaxpr(both)(params, params, xs, reals)
 
-    with jax.enable_x64(True):
+    with tracing_float64():
         try:
             closed = traced(jnp.float64)
         except TypeError as error:
@@ -86,7 +86,7 @@ def trace_program(functional: Functional, leaves: tuple[LeafStats, ...], x) -> P
             "return one of them, for example as a pair (init_fn, lambda params, x: apply_fn(params, x)[0])",
             layer="output",
         )
-    with jax.enable_x64(True):  # unrolling a loop traces its body
+    with tracing_float64():  # unrolling a loop traces its body
         body = inline(closed)
     return Program(body, leaves, tuple(tuple(leaf.shape) for leaf in shapes), floating)
 
