@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -157,8 +158,11 @@ def test_make_installs_once_and_again_only_when_pyproject_changes(project, targe
     (project / ".venv" / "bin").mkdir(parents=True)
     for name in ("bin/python", f".installed-{target}"):
         (project / ".venv" / name).touch()
+    earlier = time.time() - 60
+    os.utime(project / "pyproject.toml", (earlier, earlier))
     assert "--editable" not in make(project, "--dry-run", target).stdout
-    (project / "pyproject.toml").touch()
+    later = time.time() + 60  # make compares time stamps, and some file systems keep them coarsely
+    os.utime(project / "pyproject.toml", (later, later))
     assert "--editable" in make(project, "--dry-run", target).stdout
 
 
