@@ -1,6 +1,7 @@
 """Gaussian expectations against a 200-bit oracle, closed forms, mpmath, finite differences and each other."""
 
 import json
+import math
 import pathlib
 
 import jax
@@ -134,6 +135,10 @@ def test_a_kink_that_no_comparison_shows_is_found_by_bisection():
         (lambda x: jax.nn.relu(x) ** 2, "quadratic"),
         (lambda x: jnp.exp(-0.3 * x), "exp"),
         (lambda x: x * jnp.exp(-x * x), "odd_bell"),
+        (lambda x: jax.nn.relu(-x) ** 5 / 3, "power5"),
+        (lambda x: x**3, "power3"),
+        (lambda x: x**4 - 6 * x**2 + 3, "polynomial"),
+        (lambda x: 1e-3 * x**10 - x**9 + x, None),  # its low coefficients would be rounding beside the high ones
         (jnp.tanh, None),
         (jax.nn.gelu, None),  # the tanh form differs from erf's in the fourth digit
         (lambda x: jnp.where(x > 0, x, 1e-9 * jnp.sin(x)), None),
@@ -145,7 +150,15 @@ def test_closed_forms_are_chosen_by_what_the_function_does(fn, family):
 
 
 @pytest.mark.parametrize(
-    "fn", [erf, exact_gelu, lambda x: jnp.cos(1.7 * x + 0.3) + 2.0, lambda x: jax.nn.leaky_relu(x) ** 2]
+    "fn",
+    [
+        erf,
+        exact_gelu,
+        lambda x: jnp.cos(1.7 * x + 0.3) + 2.0,
+        lambda x: jax.nn.leaky_relu(x) ** 2,
+        lambda x: jnp.where(x > 0, x**5, 0.2 * x**5),
+        lambda x: x**3 - 2 * x + 0.5,
+    ],
 )
 def test_closed_forms_equal_quadrature(fn):
     act = ij.Activation(fn)
@@ -155,6 +168,23 @@ def test_closed_forms_equal_quadrature(fn):
             scale = np.sqrt(ij.gaussian.expect(f.square, q1) * ij.gaussian.expect(f.square, q2))
             # 1e-12: both routes are accurate to rounding
             assert abs(ij.gaussian.pair(f, f, q1, q2, c) - bivariate.direct(f, f, q1, q2, c, s)) < 1e-12 * scale
+
+
+def test_powers_and_polynomials_equal_their_exact_moments():
+    for n in range(3, 9):
+        cube = lambda x: x**n  # noqa: B023, E731
+        # Isserlis: E u^n v^n at unit variance by Mehler's finite sum, in integers
+        he = [math.sqrt(math.factorial(k)) * math.comb(n, k) * math.prod(range(n - k - 1, 0, -2)) for k in range(n + 1)]
+        exact = sum(h * h * 0.3**k for k, h in enumerate(he) if (n - k) % 2 == 0)
+        # 1e-14: a dozen products in float64
+        np.testing.assert_allclose(ij.gaussian.dual(cube, 1.0, 1.0, 0.3), exact, rtol=1e-14)
+        rectified = lambda x: jax.nn.relu(x) ** n  # noqa: B023, E731
+        half = math.prod(range(2 * n - 1, 0, -2)) / 2  # E z_+^(2n)
+        np.testing.assert_allclose(ij.gaussian.moment(rectified, 1.0), half, rtol=1e-14)
+    hermite3 = lambda x: x**3 - 3 * x  # noqa: E731
+    for c in (-1.0, 0.2, 1.0):
+        np.testing.assert_allclose(ij.gaussian.dual(hermite3, 1.0, 1.0, c), 6 * c**3, rtol=1e-13, atol=1e-15)
+    np.testing.assert_allclose(ij.gaussian.mean(lambda x: x**4 - 6 * x**2 + 3, 2.0), 12 - 12 + 3, rtol=1e-14)
 
 
 def test_oscillation_is_exact_at_every_q():
@@ -168,7 +198,7 @@ def central(f, x, h=1e-5):
     return (f(x + h) - f(x - h)) / (2 * h)
 
 
-@pytest.mark.parametrize("name", ["tanh", "hard_tanh"])
+@pytest.mark.parametrize("name", ["tanh", "hard_tanh", "cube"])
 def test_derivatives_match_finite_differences(name):
     phi = ZOO[name]
     g = ij.gaussian
@@ -184,6 +214,15 @@ def test_derivatives_match_finite_differences(name):
             central(lambda a: f(phi, 0.7, 1.3, a), 0.6),  # noqa: B023
         ]
         np.testing.assert_allclose(slopes, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_derivatives_of_closed_forms_in_the_variances():
+    slopes = jax.jit(jax.grad(lambda *a: ij.gaussian.dual(jnp.cos, *a), (0, 1, 2)))(0.7, 1.3, 0.6)
+    q1, q2, c = 0.7, 1.3, 0.6
+    r, damp = np.sqrt(q1 * q2), np.exp(-(q1 + q2) / 2)  # E cos u cos v = damp cosh(c r)
+    k = c * r
+    exact = [damp * (np.sinh(k) * k / (2 * q) - np.cosh(k) / 2) for q in (q1, q2)] + [damp * np.sinh(k) * r]
+    np.testing.assert_allclose(slopes, exact, rtol=1e-13)
 
 
 @pytest.mark.parametrize("phi", [jax.nn.relu, jnp.tanh])

@@ -1,5 +1,7 @@
 """Universality classes: predicted power laws against iteration of the maps, and trajectories of ten thousand layers."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,6 +136,10 @@ def test_half_stable_point_is_approached_from_one_side():
     np.testing.assert_allclose(
         found, law.q_amplitude, rtol=5e-2
     )  # cubic terms: relative (q - q*)/q* = 0.1 at the start
+    # gradients go like l^-p, that is like (q* - q)^p, whatever layer the counting starts from
+    fall = np.log(path.chi[depth // 2 : depth]).sum() / np.log((law.q - path.q[depth]) / (law.q - path.q[depth // 2]))
+    stated = -float(re.search(r"gradients go like l\^(-?\d+\.?\d*)", law.note)[1])
+    np.testing.assert_allclose(fall, stated, rtol=5e-2)  # corrections of relative order (q* - q) / q* = 0.01
     above = ij.propagate(jax.nn.mish, law.sigma_w, law.sigma_b, depth, q0=law.q + 0.2, c0=1.0)
     assert above.q[-1] > above.q[0]
 

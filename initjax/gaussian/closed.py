@@ -7,14 +7,15 @@ function, and so are the derivatives that automatic differentiation makes of the
 A family member is a pair (family, parameters). `FORMS[family](xp, p, r, q1, q2, c, s)` gives E[f(u) g(v)] for two
 members p, r of one family, with xp = numpy or jax.numpy and s = sqrt(1 - c^2) given apart, exact near |c| = 1.
 
-Sources: Cho and Saul 2009 (arc-cosine kernels, orders 0 to 2); Williams 1997 (erf); Tsuchida et al. 2020 (gelu);
-the rest are Gaussian integrals.
+Powers and polynomials: `powers.py`. Sources: Cho and Saul 2009 (arc-cosine kernels, orders 0 to 2); Williams 1997
+(erf); Tsuchida et al. 2020 (gelu); the rest are Gaussian integrals.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
+from initjax.gaussian import powers
 from initjax.gaussian.activation import Activation
 
 PI = np.pi
@@ -56,6 +57,7 @@ MODELS = {
     "erf": lambda x, w, a, m: a * (2 * _normal_cdf(np.sqrt(2) * w * x) - 1) + m,
     "gelu": lambda x, w, a: a * _gelu(w * x),
     "gelu_prime": lambda x, w, a: a * _gelu_prime(w * x),
+    **powers.MODELS,
 }
 
 _POINTS = np.sort(
@@ -90,7 +92,7 @@ def _recognise(act: Activation) -> Member | None:
                 continue
             model = MODELS[family](_POINTS, *parameters)
             scale = np.maximum(np.abs(y), 1e-3 * np.abs(y[np.abs(_POINTS) < 4]).max(initial=0.0))
-            if family in ("ramp", "step", "quadratic"):
+            if family in ("ramp", "step", "quadratic") or family.startswith("power"):
                 scale = np.abs(y)
             if np.all(np.abs(model - y) <= 2e-12 * scale + 1e-300):
                 return Member(family, _clean(parameters))
@@ -138,8 +140,7 @@ def _guesses(at) -> list[tuple[str, tuple]]:
             out.append(("gelu", (w, far / w)))
     if high and np.isfinite(high):
         out += [("gelu_prime", (w, high)) for w in _solve_gelu_prime(half / high)]
-    out += _wave(at)
-    return out
+    return out + powers.guesses(at) + _wave(at)
 
 
 def _solve_erf(value: float, x: float) -> float | None:
@@ -307,12 +308,15 @@ FORMS = {
     "erf": _erf_dual,
     "gelu": _gelu_dual,
     "gelu_prime": _gelu_prime_dual,
+    **powers.FORMS,
 }
 
 
 def mean_form(member: Member, xp, q):
     """E[f(sqrt(q) z)] in closed form, or None."""
     family, p = member
+    if family in powers.MEANS:
+        return powers.MEANS[family](xp, p, q)
     if family == "step":
         return (p[0] + p[1]) / 2 + 0 * q
     if family == "ramp":

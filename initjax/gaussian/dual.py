@@ -306,6 +306,11 @@ def _pair_jvp(f, g, primals, tangents):
 
 def _scaling(f, g, q1, q2, c):
     """d/dq1 E[f(u) g(v)] at fixed c: E[u f'(u) g(v)] / (2 q1), with kappa f(kappa) jumps."""
+    p, r = recognise(f), recognise(g)
+    if p is not None and r is not None and p.family == r.family:
+        s = jnp.sqrt(jnp.maximum((1 - c) * (1 + c), 0 * c))
+        form = functools.partial(FORMS[p.family], jnp, p.parameters, r.parameters)
+        return jax.jvp(lambda q: form(q, q2, c, s), (q1,), (jnp.ones_like(q1),))[1]
     total = _pair(f.euler, g, q1, q2, c)
     for point, jump in f.jumps:
         total = total + point * jump * density(point, q1) * _conditional(g, point, q1, q2, c)

@@ -41,7 +41,8 @@ class Universality:
     c_limit : limit of the correlation; nan where it freezes at a value that depends on the input.
     c_exponent, c_amplitude : |c_limit - c^l| ~ c_amplitude / l^c_exponent, for inputs that start at q where q > 0;
         amplitude nan where it depends on the input; exponent 0 where the correlation freezes.
-    gradient_exponent : E|dL/dh_0|^2 / E|dL/dh_l|^2 ~ l^-gradient_exponent.
+    gradient_exponent : E|dL/dh_0|^2 / E|dL/dh_l|^2 ~ l^-gradient_exponent; at q > 0 for inputs that start at q
+        (`note` has the law for others at a half-stable point).
     note : the same in a sentence; for kind "none" the reason.
     """
 
@@ -271,7 +272,12 @@ def _positive(act: Activation, point: CriticalPoint) -> Universality:
         q_law = (1, -2 / second)
         side = "below" if second > 0 else "above"
         note = f"q* = {q:.6g} attracts from {side}, q - q* ~ {_law(*q_law)}, and repels on the other side; "
-        return _answer("half-stable", point, q_law, c_law, 0, note + text)
+        # away from q*, chi_1 = 1 + (d ln D / dq)(q - q*) ~ 1 - p / l, which multiplies up to l^-p
+        p = 2 * float(t.dlog_d[0]) / (q * second)
+        text += f" From elsewhere on that side gradients go like l^{-p:.4g}"
+        if p < 1 and c_law[1] == 1:
+            text += f" and 1 - c ~ {_law(1, (1 - p) * c_law[2])}"
+        return _answer("half-stable", point, q_law, c_law, 0, note + text + ".")
     if not point.stable:
         note = f"q* = {q:.6g} repels (chi_q = {float(point.chi_q):.6g}): a deep network does not stay there."
         return _answer("unstable", point, (np.nan, np.nan), c_law, 0, note)
