@@ -279,8 +279,8 @@ def critical(phi, sigma_b=0.0) -> CriticalPoint:
 
     Accuracy
     --------
-    sigma_w, q: 1e-12 relative. Differentiable in sigma_b, and by jax.grad outside jit in parameters that phi closes
-    over (implicit function theorem); under a trace the result has the tracer's dtype (float32: 1e-5), nan where
+    sigma_w, q: 1e-12 relative. Differentiable in sigma_b and in parameters that phi closes over (implicit function
+    theorem; 1e-9), also under jit and vmap; under a trace the result has the tracer's dtype (float32: 1e-5), nan where
     nothing exists, and kind None.
 
     Examples
