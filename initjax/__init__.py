@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from initjax import layers as layers
     from initjax.empirical import empirical_ntk as empirical_ntk
     from initjax.empirical import measure as measure
+    from initjax.empirical import ntk_operator as ntk_operator
     from initjax.errors import InputError as InputError
     from initjax.errors import NoCriticalPointError as NoCriticalPointError
     from initjax.errors import NotElementwiseError as NotElementwiseError
@@ -51,6 +52,7 @@ _HOME = {
     "layers": "layers",
     "empirical_ntk": "empirical",
     "measure": "empirical",
+    "ntk_operator": "empirical",
     "InputError": "errors",
     "NoCriticalPointError": "errors",
     "NotElementwiseError": "errors",

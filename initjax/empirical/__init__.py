@@ -3,3 +3,5 @@
 from initjax.empirical.measurement import Measurement as Measurement
 from initjax.empirical.measurement import measure as measure
 from initjax.empirical.ntk import empirical_ntk as empirical_ntk
+from initjax.empirical.operator import NTKOperator as NTKOperator
+from initjax.empirical.operator import ntk_operator as ntk_operator

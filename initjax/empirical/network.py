@@ -1,6 +1,7 @@
 """A network of any kind as `apply(params, x)`, and what its examples contribute to a tile of the kernel."""
 
 import fnmatch
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -84,9 +85,10 @@ class Network:
 
         @jax.jit
         def influence(params, x):
-            tangent = jax.tree.map(lambda a: jnp.ones_like(a).at[0].set(jnp.zeros((), a.dtype)), x)
-            change = jax.jvp(lambda x: self._call(params, x), (x,), (tangent,))[1]
-            return jnp.max(jnp.abs(change[0])), jnp.max(jnp.abs(change[1]))
+            out, pull = jax.vjp(lambda x: self._call(params, x), x)  # backwards, which every network can
+            change = pull(jnp.ones_like(out).at[0].set(jnp.zeros((), out.dtype)))[0]
+            largest = [jnp.abs(leaf).max(tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(change)]
+            return functools.reduce(jnp.maximum, [leaf.astype(largest[0].dtype) for leaf in largest])
 
         other, own = influence(params, jax.tree.map(lambda a: jnp.asarray(a[:2]), x))
         # exactly zero but for convolution algorithms that transform whole batches
