@@ -11,7 +11,7 @@ from flax import nnx
 
 import initjax as ij
 from initjax.initializers import FanIn, critical, critical_bias, variance_preserving
-from initjax.initializers.scaled import TRUNCATED_STD
+from initjax.initializers.protocol import TRUNCATED_STD
 
 DTYPE = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
 DISTRIBUTIONS = ["normal", "truncated_normal", "uniform"]
@@ -30,7 +30,7 @@ def assert_law(entries, std, kurtosis=3.0):
 
 def test_jax_initializers_are_passed_on_unchanged():
     for name in dir(jax.nn.initializers):
-        if not name.startswith("_"):
+        if not name.startswith("_") and "orthogonal" not in name:  # ours take low precision and every shape
             assert getattr(ij.initializers, name) is getattr(jax.nn.initializers, name)
     assert ij.initializers.gain is ij.gain
 
@@ -191,8 +191,7 @@ def test_sigma_w_is_solved_in_float64_also_inside_jit_with_x64_off():
         (lambda: FanIn(1.0)(jax.random.key(0), (5,)), r"shape \(5,\)[\s\S]*for biases use critical_bias"),
         (lambda: FanIn(1.0)(jax.random.key(0), ()), r"shape \(\)"),
         (lambda: FanIn(1.0, in_axis=-1)(jax.random.key(0), (5, 4)), r"in_axis=-1[\s\S]*different axes"),
-        (lambda: FanIn(1.0)(jax.random.key(0), (5, 4), jnp.complex64), r"complex64[\s\S]*real floating-point"),
-        (lambda: FanIn(1.0)(jax.random.key(0), (5, 4), jnp.int32), r"int32[\s\S]*real floating-point"),
+        (lambda: FanIn(1.0)(jax.random.key(0), (5, 4), jnp.int32), r"int32[\s\S]*floating-point"),
         (lambda: FanIn(1.0)(0, (5, 4)), r"key=0[\s\S]*jax\.random\.key\(0\)"),
     ],
 )

@@ -1,16 +1,18 @@
 """Initializers chosen for an activation: on the edge of chaos, or such that a layer keeps the variance of its input."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from initjax import meanfield
 from initjax.gaussian import gain
-from initjax.initializers.scaled import Axes, FanIn, draw, scale
+from initjax.initializers.protocol import Axes, Init, draw, factory, scale
+from initjax.initializers.scaled import FanIn
 
 
+@factory
 def critical(
     phi: Callable,
     sigma_b: Any = 0.0,
@@ -74,6 +76,7 @@ def critical(
     return FanIn(sigma_w, distribution, in_axis, out_axis, batch_axis, dtype)
 
 
+@factory
 def critical_bias(phi: Callable, sigma_b: Any, *, dtype: Any = None) -> "Bias":
     """Biases N(0, sigma_b^2) that go with the weights `critical(phi, sigma_b)`.
 
@@ -107,6 +110,7 @@ def critical_bias(phi: Callable, sigma_b: Any, *, dtype: Any = None) -> "Bias":
     return Bias(scale(sigma_b, "sigma_b"), dtype)
 
 
+@factory
 def variance_preserving(
     phi: Callable,
     kind: Any = "forward",
@@ -158,15 +162,17 @@ def variance_preserving(
 
 
 @dataclasses.dataclass(frozen=True)
-class Bias:
+class Bias(Init):
     """Entries N(0, sigma_b^2) for an array of any shape; a Flax and JAX initializer."""
 
     sigma_b: float
     dtype: Any = None
 
-    def __call__(self, key: Any, shape: Sequence[int], dtype: Any = None, out_sharding: Any = None) -> jax.Array:
-        """Biases of the given shape and dtype."""
-        return draw(key, tuple(shape), self.dtype if dtype is None else dtype, out_sharding, "normal", self.sigma_b)
+    def std(self, shape: tuple[int, ...]) -> float:
+        return self.sigma_b
+
+    def sample(self, key, shape, dtype, out_sharding) -> jax.Array:
+        return draw(key, shape, dtype, out_sharding, "normal", self.sigma_b)
 
 
 def _critical_sigma_w(phi, sigma_b):
