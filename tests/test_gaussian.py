@@ -365,3 +365,21 @@ def test_inside_a_users_jit_concrete_values_stay_exact_and_traced_ones_are_float
     np.testing.assert_allclose(
         traced, ij.gaussian.dual(jax.nn.gelu, 0.8, 1.0, 0.5), rtol=1e-5
     )  # stated float32 accuracy
+
+
+def test_what_lies_beyond_twelve_deviations_is_not_lost():
+    for q in (0.05, 2e-3, 1e-3):
+        with mpmath.workdps(30):
+            edge = 0.5 / mpmath.sqrt(q)
+            # E softshrink(u)^2 = 2 q int_edge^inf (z - edge)^2 density
+            exact = 2 * q * ((1 + edge**2) * mpmath.ncdf(-edge) - edge * mpmath.npdf(edge))
+            slope = 2 * mpmath.ncdf(-edge)
+        shrink = lambda x: jnp.sign(x) * jnp.maximum(jnp.abs(x) - 0.5, 0.0)  # noqa: E731
+        np.testing.assert_allclose(ij.gaussian.moment(shrink, q), float(exact), rtol=1e-11)  # e^-edge^2/2 in float64
+        np.testing.assert_allclose(ij.gaussian.moment_prime(shrink, q), float(slope), rtol=1e-11)
+    assert ij.gaussian.moment(shrink, 1e-6) == 0.0  # exp(-125000)
+
+
+def test_zero_over_zero_in_a_derivative_is_no_jump():
+    assert ij.Activation(jnp.sinc).prime.jumps == ()
+    assert ij.Activation(jnp.abs).prime.jumps == ((0.0, 2.0),)

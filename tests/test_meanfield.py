@@ -394,3 +394,17 @@ def test_warnings_do_not_come_from_types():
         warnings.simplefilter("error")
         point = ij.fixed_point(jnp.tanh, jnp.float32(1.5), 0.05)
     assert point.q.dtype == np.float64
+
+
+def test_activations_that_vanish_around_zero_have_their_critical_points():
+    # softshrink: E[u f f'] = q D for slopes 0 and 1, so chi_q = chi_1 = 1 on the whole line
+    shrink = lambda x: jnp.sign(x) * jnp.maximum(jnp.abs(x) - 0.5, 0.0)  # noqa: E731
+    (point,) = ij.critical_points(shrink, 0.5)
+    np.testing.assert_allclose(point.sigma_w**2 * ij.gaussian.moment_prime(shrink, point.q), 1, rtol=1e-12)
+    np.testing.assert_allclose(point.sigma_w**2 * ij.gaussian.moment(shrink, point.q) + 0.25, point.q, rtol=1e-12)
+    np.testing.assert_allclose(point.chi_q, 1, rtol=1e-10)
+    # x - tanh(x) is rounding below x = 1e-5, and x^3 / 3 above: the table starts where digits are left
+    remainder = lambda x: x - jnp.tanh(x)  # noqa: E731
+    for found in ij.critical_points(remainder, 0.5):
+        residual = found.sigma_w**2 * ij.gaussian.moment(remainder, found.q) + 0.25 - found.q
+        assert abs(residual) < 1e-11 * found.q

@@ -23,6 +23,7 @@ from initjax.trace.jaxpr import is_traced
 
 TOLERANCE = 1e-9  # an estimated relative error above this is an error, not a result
 _SMALLEST_Q = 1e-30
+_NOTHING = 1e-280  # an expectation below this is zero to float64
 _LARGEST_Q = 1e8
 _CHUNK = 4_000_000  # nodes evaluated at once
 
@@ -88,25 +89,33 @@ def host_rule(act: Activation, functional, q: np.ndarray, outputs: int, mean: np
 
 def _checked(act, functional, mean, q):
     reach = FAR_REACH if act.grows_fast else REACH
-    u, w, z = gaussian_rule(act, mean, q, reach=reach)
-    value, magnitude, outside = _sum(act, functional, u, w, z, reach)
-    few = slice(0, q.size, max(1, q.size // 16))
-    coarse_u, coarse_w, coarse_z = gaussian_rule(act, mean[few], q[few], LOW_ORDER, reach)
-    coarse, _, _ = _sum(act, functional, coarse_u, coarse_w, coarse_z, reach)
-    with np.errstate(invalid="ignore"):
-        error = np.abs(coarse - value[:, few]) / np.maximum(magnitude[:, few], 1e-300)
-        lost = outside / np.maximum(magnitude, 1e-300)
-    if np.any(~np.isfinite(value)) or np.any(error > TOLERANCE) or np.any(lost > 1e-12):
-        bad = ~np.isfinite(value).all(axis=0) | (lost > 1e-12).any(axis=0)
-        at = float(q[bad][0] if bad.any() else q[few][np.argmax(error.max(axis=0))])
-        worst = max(float(np.max(np.nan_to_num(e, nan=np.inf), initial=0.0)) for e in (error, lost))
+    value, error, lost = _estimated(act, functional, mean, q, reach)
+    beyond = ((lost > 1e-12) | (value == 0)).any(axis=0)
+    if beyond.any() and reach < FAR_REACH:  # relu(x - 1) at q = 1e-3: all there is lies beyond
+        again = _estimated(act, functional, mean[beyond], q[beyond], FAR_REACH)
+        value[:, beyond], error[:, beyond], lost[:, beyond] = again
+    bad = (~np.isfinite(value) | (error > TOLERANCE) | (lost > 1e-12)).any(axis=0)
+    if bad.any():
+        worst = float(np.max(np.nan_to_num(np.maximum(error, lost)[:, bad], nan=np.inf)))
         raise QuadratureError(
-            f"E[f(sqrt(q) z)] for f = {act.name} at q = {at:.6g}: estimated relative error {worst:.1e}.",
+            f"E[f(sqrt(q) z)] for f = {act.name} at q = {float(q[bad][0]):.6g}: estimated relative error {worst:.1e}.",
             f"expectations that exist and are resolved to {TOLERANCE:g}.",
-            "the function grows, oscillates or jumps faster than the quadrature follows at this q, or overflows.",
+            "the function grows, oscillates or jumps faster than the quadrature follows at this q, overflows, or is "
+            "rounding at arguments of this size.",
             "use a smaller q, declare kinks with ij.Activation(fn, kinks=...), or a numerically stable form.",
         )
     return value
+
+
+def _estimated(act, functional, mean, q, reach):
+    """Values, estimated relative errors (at every sixteenth q, else 0), and the share near the ends."""
+    value, magnitude, outside = _sum(act, functional, *gaussian_rule(act, mean, q, reach=reach), reach)
+    few = slice(0, q.size, max(1, q.size // 16))
+    coarse, _, _ = _sum(act, functional, *gaussian_rule(act, mean[few], q[few], LOW_ORDER, reach), reach)
+    magnitude, error = np.maximum(magnitude, _NOTHING), np.zeros_like(value)
+    with np.errstate(invalid="ignore"):
+        error[:, few] = np.abs(coarse - value[:, few]) / magnitude[:, few]
+    return value, error, outside / magnitude
 
 
 def _sum(act, functional, u, w, z, reach):

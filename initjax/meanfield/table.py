@@ -21,6 +21,7 @@ DEGREE = 14
 _CELL = 0.5
 _Q_LOW, _Q_HIGH = 1e-20, 1e9
 _RESOLVED = 3e-12
+_UNDERFLOW = 1e-250
 _AFFORDABLE = 1500  # panels of phi beyond which the table stops: fast oscillation at large q
 
 
@@ -152,19 +153,27 @@ def table_of(act: Activation) -> Table:
 
 
 def _lowest(act: Activation) -> float:
-    """The smallest q whose moments are not rounding: tanh(x + b) - tanh(b) carries 1e-17 beside x."""
+    """The smallest q whose moments are neither rounding (tanh(x + b) - tanh(b) carries 1e-17 beside x, x - tanh(x)
+    beside x^3) nor underflow (relu(x - 1) has exp(-1 / 2q))."""
     nodes, _ = legendre(DEGREE)
-    for q_low in (_Q_LOW, 1e-16, 1e-13, 1e-10, 1e-7):
+    for q_low in (_Q_LOW, 1e-16, 1e-13, 1e-10, 1e-7, 1e-5, 1e-4, *np.geomspace(5e-4, 5e-2, 7)):
         q = q_low * np.exp(_CELL * (nodes + 1) / 2)
         try:
             m, d, _ = raw_moments(act, q)
         except QuadratureError:
             continue
+        dead = (0 < m) & (m < _UNDERFLOW) | (0 < d) & (d < _UNDERFLOW)
         with np.errstate(all="ignore"):
             rows = np.log(np.maximum(np.stack([m / q, d]), 1e-300)) @ legendre_transform(DEGREE)
-        if np.abs(rows[:, -4:]).max() < _RESOLVED / 10:
+        if not dead.any() and not _empty(act, m, d) and np.abs(rows[:, -4:]).max() < _RESOLVED / 10:
             return q_low
     return _Q_LOW
+
+
+def _empty(act, m, d) -> bool:
+    """Whether moments vanish at this q that do not at q = 1: what there is lies beyond the reach of the Gaussian."""
+    at_one = raw_moments(act, np.ones(1))
+    return bool((m == 0).any() and at_one[0, 0] > 0 or (d == 0).any() and at_one[1, 0] > 0)
 
 
 def _cells(act: Activation, q: float) -> float:
