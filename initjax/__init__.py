@@ -43,7 +43,10 @@ if TYPE_CHECKING:
     from initjax.meanfield import variance_roots as variance_roots
     from initjax.spectrum import condition_number as condition_number
     from initjax.spectrum import effective_rank as effective_rank
+    from initjax.spectrum import extreme_eigenvalues as extreme_eigenvalues
+    from initjax.spectrum import log_determinant as log_determinant
     from initjax.spectrum import max_learning_rate as max_learning_rate
+    from initjax.spectrum import spectral_density as spectral_density
 
 # public name -> the module that holds it; a module's own name stands for the module itself
 _HOME = {
@@ -83,7 +86,10 @@ _HOME = {
     "variance_roots": "meanfield",
     "condition_number": "spectrum",
     "effective_rank": "spectrum",
+    "extreme_eigenvalues": "spectrum",
+    "log_determinant": "spectrum",
     "max_learning_rate": "spectrum",
+    "spectral_density": "spectrum",
 }
 
 __all__ = sorted(_HOME)

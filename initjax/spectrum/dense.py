@@ -67,6 +67,12 @@ def spectrum(kernel: Any, name: str = "kernel") -> Spectrum:
     return Spectrum(values, shape[-1] * eps * norm)
 
 
+def is_array(kernel: Any) -> bool:
+    """Whether this is an array or converts to one, and not an operator. What is neither is told so as an array."""
+    arrays = isinstance(kernel, jax.Array | np.ndarray | list | tuple | int | float | np.generic)
+    return arrays or not (hasattr(kernel, "__matmul__") or callable(kernel)) or not hasattr(kernel, "shape")
+
+
 def _shape_and_dtype(kernel, name):
     if not isinstance(kernel, jax.Array | np.ndarray | list | tuple | int | float | np.generic):
         raise InputError(
