@@ -29,6 +29,7 @@ from initjax.trace.jaxpr import is_traced
 
 _SMOOTH_BELOW = 0.02  # q under which the Hermite form of f is tried
 _HALF_STABLE_WITHIN = 1e-7
+_STABLE = 1 - 1e-12  # with slopes 0 and 1 (softshrink), chi_q = chi_1 = 1 up to rounding, and nothing attracts
 
 
 class Line(NamedTuple):
@@ -132,7 +133,7 @@ def _points(act: Activation, sigma_b: float) -> list[CriticalPoint]:
         if q.size:
             for root, w, slope in zip(q, *_at(act, q), strict=True):
                 half = abs(slope - 1) < _HALF_STABLE_WITHIN
-                out.append(_point(w, sigma_b, root, slope, abs(slope) < 1, "half-stable" if half else "regular"))
+                out.append(_point(w, sigma_b, root, slope, abs(slope) < _STABLE, "half-stable" if half else "regular"))
     return out
 
 
@@ -332,7 +333,7 @@ def primary_arrays(act: Activation, sigma_b: np.ndarray) -> dict[str, np.ndarray
     out = {name: np.full(size, np.nan) for name in ("sigma_w", "q", "chi_q")}
     out["stable"], out["kind"] = np.zeros(size, bool), np.full(size, "none", "<U15")
     row, q, sigma_w, chi_q, alone = _table_roots(act, sigma_b)
-    stable = np.abs(chi_q) < 1
+    stable = np.abs(chi_q) < _STABLE
     order = np.lexsort((q, ~stable, row))
     chosen = order[np.unique(row[order], return_index=True)[1]]
     for name, values in (("sigma_w", sigma_w), ("q", q), ("chi_q", chi_q), ("stable", stable)):

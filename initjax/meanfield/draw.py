@@ -44,7 +44,8 @@ def draw_diagram(diagram, ax=None):
         ax.clabel(lines, fmt=lambda v: f"{v:g}", fontsize=7)
     line = diagram.critical_line
     steady = line[:, 2] == 1
-    ax.plot(np.where(steady, line[:, 0], np.nan), line[:, 1], color="black", lw=2)
+    alone = "o" if np.count_nonzero(np.isfinite(line[:, 0])) == 1 else None  # relu: one critical point, no line
+    ax.plot(np.where(steady, line[:, 0], np.nan), line[:, 1], color="black", lw=2, marker=alone, clip_on=alone is None)
     ax.plot(np.where(~steady, line[:, 0], np.nan), line[:, 1], color="black", lw=2, ls="--")
     ax.set(
         xlabel=r"weight standard deviation $\sigma_w$ (Var $W=\sigma_w^2$/fan-in)",
@@ -55,7 +56,8 @@ def draw_diagram(diagram, ax=None):
     handles: list = [
         Patch(color=PHASE_COLOURS[n], label=n) for n in names if n != "critical" and (diagram.phase == n).any()
     ]
-    handles.append(Line2D([], [], color="black", lw=2, label=r"critical line $\chi_1=1$"))
+    label = r"critical point $\chi_1=1$" if alone else r"critical line $\chi_1=1$"
+    handles.append(Line2D([], [], color="black", lw=0 if alone else 2, marker=alone, label=label))
     if (~steady & np.isfinite(line[:, 0])).any():
         handles.append(Line2D([], [], color="black", lw=2, ls="--", label="critical, unstable"))
     if inside:

@@ -165,7 +165,8 @@ def _lowest(act: Activation) -> float:
         dead = (0 < m) & (m < _UNDERFLOW) | (0 < d) & (d < _UNDERFLOW)
         with np.errstate(all="ignore"):
             rows = np.log(np.maximum(np.stack([m / q, d]), 1e-300)) @ legendre_transform(DEGREE)
-        if not dead.any() and not _empty(act, m, d) and np.abs(rows[:, -4:]).max() < _RESOLVED / 10:
+        rounding = 4e-15 * np.abs(rows).max()
+        if not dead.any() and not _empty(act, m, d) and np.abs(rows[:, -4:]).max() < _RESOLVED / 10 + rounding:
             return q_low
     return _Q_LOW
 
