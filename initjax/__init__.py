@@ -44,9 +44,13 @@ if TYPE_CHECKING:
     from initjax.spectrum import condition_number as condition_number
     from initjax.spectrum import effective_rank as effective_rank
     from initjax.spectrum import extreme_eigenvalues as extreme_eigenvalues
+    from initjax.spectrum import kernel_alignment as kernel_alignment
+    from initjax.spectrum import kernel_regression as kernel_regression
     from initjax.spectrum import log_determinant as log_determinant
     from initjax.spectrum import max_learning_rate as max_learning_rate
     from initjax.spectrum import spectral_density as spectral_density
+    from initjax.spectrum import time_to_fit as time_to_fit
+    from initjax.spectrum import trajectory as trajectory
 
 # public name -> the module that holds it; a module's own name stands for the module itself
 _HOME = {
@@ -90,6 +94,10 @@ _HOME = {
     "log_determinant": "spectrum",
     "max_learning_rate": "spectrum",
     "spectral_density": "spectrum",
+    "kernel_alignment": "spectrum",
+    "kernel_regression": "spectrum",
+    "time_to_fit": "spectrum",
+    "trajectory": "spectrum",
 }
 
 __all__ = sorted(_HOME)

@@ -36,6 +36,30 @@ def spectrum(kernel: Any, name: str = "kernel") -> Spectrum:
         values = jnp.linalg.eigvalsh(computed)
         return Spectrum(values, shape[-1] * eps * jnp.abs(values[..., -1]))
 
+    matrix = _checked(kernel, name, shape, eps)
+    values = np.linalg.eigvalsh(matrix)
+    return Spectrum(values, _resolution(values, eps, name, shape))
+
+
+def eigensystem(kernel: Any, name: str = "kernel") -> tuple[np.ndarray, np.ndarray, float]:
+    """Eigenvalues (ascending, rounding below zero cut off), eigenvectors in columns, and resolution of one concrete
+    kernel (n, n), in float64; raises as `spectrum` does, and for a batch or a tracer."""
+    shape, dtype = _shape_and_dtype(kernel, name)
+    if len(shape) != 2 or is_traced(kernel):
+        raise InputError(
+            f"a {name} of shape {shape}" + (" with traced entries" if is_traced(kernel) else ""),
+            "one concrete kernel of shape (n, n)",
+            "its eigenvectors are found in float64 on the host",
+            "loop over a batch; call this outside jit",
+        )
+    eps = float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.floating) else float(np.finfo(np.float64).eps)
+    values, vectors = np.linalg.eigh(_checked(kernel, name, shape, eps))
+    resolution = float(_resolution(values, eps, name, shape))
+    return np.maximum(values, 0.0), vectors, resolution
+
+
+def _checked(kernel, name, shape, eps) -> np.ndarray:
+    """The kernel in float64, symmetric to the bit."""
     matrix = np.asarray(kernel).astype(np.float64)
     largest = np.abs(matrix).max(initial=0.0)
     if not np.isfinite(largest):
@@ -54,7 +78,11 @@ def spectrum(kernel: Any, name: str = "kernel") -> Spectrum:
             "only a symmetric kernel has the real eigenvalues asked for; a kernel between two sets of inputs has none",
             "compute the kernel with x2=None, or symmetrise rounding away: (k + k.T) / 2",
         )
-    values = np.linalg.eigvalsh((matrix + transposed) / 2)
+    return (matrix + transposed) / 2
+
+
+def _resolution(values, eps, name, shape):
+    """The level under which eigenvalues are rounding; refuses negative ones far beyond it."""
     # a norm, not values[-1]: an indefinite matrix may have its largest eigenvalue in absolute value below zero
     norm = np.abs(values).max(-1)
     if np.any(values[..., 0] < -np.sqrt(eps) * norm):
@@ -64,7 +92,7 @@ def spectrum(kernel: Any, name: str = "kernel") -> Spectrum:
             "NNGP and NTK are Gram matrices; a negative eigenvalue beyond rounding means that this is no kernel",
             "check how the matrix was made (a centred or differenced kernel, a wrong reshape of the output axes)",
         )
-    return Spectrum(values, shape[-1] * eps * norm)
+    return shape[-1] * eps * norm
 
 
 def is_array(kernel: Any) -> bool:
