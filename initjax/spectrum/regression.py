@@ -74,8 +74,8 @@ def kernel_regression(
     >>> import initjax as ij
     >>> k = np.array([[2.0, 1.0], [1.0, 2.0]])
     >>> fit = ij.kernel_regression(k, np.array([1.0, -1.0]), np.array([[1.0, 0.0]]), np.array([1.0]))
-    >>> fit.test.tolist(), round(float(fit.variance[0]), 12), fit.jitter
-    ([1.0], 0.333333333333, 0.0)
+    >>> round(float(fit.test[0]), 12), round(float(fit.variance[0]), 12), fit.jitter
+    (1.0, 0.333333333333, 0.0)
 
     References
     ----------
