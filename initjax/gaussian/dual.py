@@ -27,7 +27,7 @@ from initjax.gaussian.nodes import REACH, unit_edges
 from initjax.gaussian.series import RESOLVED, aligned, evaluate, series, stacked
 from initjax.trace.jaxpr import is_traced
 
-_SNAP = 4e-15  # a correlation this close to +-1 is rounding: arccos would turn it into 1e-7
+SNAP = 4e-15  # a correlation this close to +-1 is rounding: arccos would turn it into 1e-7
 _TABLE_FROM = 150  # correlations at one (q1, q2) from which a table pays
 
 
@@ -102,7 +102,7 @@ def cross(f, g, q1, q2, k):
         q1, q2, k = jnp.broadcast_arrays(*(jnp.asarray(a, dtype) for a in (q1, q2, k)))
         tiny = jnp.asarray(1e-30, dtype)
         raw = k / (jnp.sqrt(jnp.maximum(q1, tiny)) * jnp.sqrt(jnp.maximum(q2, tiny)))
-        snap = _SNAP if dtype == jnp.float64 else 1e-6
+        snap = SNAP if dtype == jnp.float64 else 1e-6
         one = jnp.asarray(1.0, dtype)
         snapped = jnp.where(jnp.abs(raw) > 1 - snap, jnp.sign(raw) * one, raw)
         return _pair(f, g, q1, q2, raw + jax.lax.stop_gradient(snapped - raw))
@@ -120,7 +120,7 @@ def cross(f, g, q1, q2, k):
             "no Gaussian pair has another covariance.",
             "pass the variances and covariance of one positive semidefinite kernel.",
         )
-    ends = size > 1 - _SNAP
+    ends = size > 1 - SNAP
     c[ends] = np.sign(c[ends])  # in place: a kernel matrix may be large
     found = _as_matrix(f, g, q1, q2, c)
     if found is not None:

@@ -3,11 +3,12 @@
 import math
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from initjax import gaussian
-from initjax.trace.domain import Base, Sum
+from initjax.gaussian.tile import duals
+from initjax.infinite.modes import PAIRS, Mode, left, right, shape_of
+from initjax.trace.domain import Base, Sum, Windows
 from initjax.trace.expr import VARIABLE, Expr, apply
 from initjax.trace.jaxpr import is_traced
 from initjax.trace.maps import Axes, extents, xp_of
@@ -16,38 +17,38 @@ Array = Any
 
 
 class Total:
-    """A running sum of products, in which a factor None makes the product vanish."""
+    """A running sum of products, in which a factor None makes the product vanish. Its own arrays are reused."""
 
     def __init__(self):
         self.value: Any = None
+        self._mine = False
 
     def add(self, *factors) -> None:
         if any(f is None for f in factors):
             return
-        product = factors[0]
+        product, fresh = factors[0], False
         for factor in factors[1:]:
             if not (isinstance(factor, float) and factor == 1.0):
-                product = product * factor
-        self.value = product if self.value is None else self.value + product
+                product, fresh = _in_place(np.multiply, product, factor, fresh), True
+        if self.value is None:
+            self.value, self._mine = product, fresh
+        else:
+            self.value, self._mine = _in_place(np.add, self.value, product, self._mine), True
 
     def full(self, shape: tuple[int, ...]) -> Array | None:
-        if self.value is None:
-            return None
-        return self.value if np.shape(self.value) == shape else xp_of(self.value).broadcast_to(self.value, shape)
+        return None if self.value is None else full(self.value, shape)
 
 
-def before(value, rank: int):
-    """Append `rank` axes of size 1: a value that depends on the first side's positions only."""
-    if value is None or isinstance(value, float):
-        return value
-    return value.reshape(np.shape(value) + (1,) * rank)
+def _in_place(operation, a, b, mine: bool):
+    if is_traced(a, b):
+        return a * b if operation is np.multiply else a + b
+    if mine and isinstance(a, np.ndarray) and np.broadcast_shapes(a.shape, np.shape(b)) == a.shape:
+        return operation(a, b, out=a)
+    return operation(a, b)
 
 
-def after(value, rank: int):
-    """Prepend `rank` axes of size 1: a value that depends on the second side's positions only."""
-    if value is None or isinstance(value, float):
-        return value
-    return value.reshape((1,) * rank + np.shape(value))
+def full(value, shape: tuple[int, ...]):
+    return value if np.shape(value) == shape else xp_of(value).broadcast_to(value, shape)
 
 
 def scale(value, factor: float):
@@ -64,85 +65,97 @@ def filled(value, axes: Axes):
     return np.zeros(extents(axes)) if value is None else value
 
 
-def put_diagonal(value, exact, rank: int):
-    """A (P, P) moment with its diagonal replaced; positions are the first and the last `rank` axes."""
-    shape = np.shape(value)
-    count = math.prod(shape[:rank])
-    exact = np.zeros(count) if exact is None else exact.reshape(count)
-    if is_traced(value, exact):
-        index = jnp.arange(count)
-        flat = jnp.reshape(value, (count, count))
-        return flat.at[index, index].set(jnp.asarray(exact, flat.dtype)).reshape(shape)
-    flat = np.array(value).reshape(count, count)
-    np.fill_diagonal(flat, exact)
-    return flat.reshape(shape)
-
-
-def take_diagonal(value, rank: int):
-    """Same-position entries of a (P, P) moment."""
-    if value is None:
-        return None
-    shape = np.shape(value)
-    count = math.prod(shape[:rank])
-    return xp_of(value).diagonal(value.reshape(count, count)).reshape(shape[:rank])
-
-
 # ------------------------------------------------------------------ sums over contracted axes
 
 
-def _matched(a: Base) -> list[int]:
+def contracted_positions(a: Base) -> list[int]:
     """Contracted axes that carry positions, in the order of the weights' strides: partners on both sides."""
     axes = a.operand.axes
     return [i for i in a.contracted if axes[i].size > 1 and not axes[i].channel]
 
 
-def sum_matching(inner, a: Base, b: Base):
+def sum_matching(inner, a: Base, b: Base, mode: Mode):
     """sum_k M[x, y](p k, p' k) over the positions that both bases contract with one weight index."""
     x, y = a.operand.axes, b.operand.axes
-    labels_x, labels_y = list(range(len(x))), list(range(len(x), len(x) + len(y)))
-    for i, j in zip(_matched(a), _matched(b), strict=True):
-        labels_y[j] = labels_x[i]
-    kept = [labels_x[i] for i in a.order] + [labels_y[j] for j in b.order]
-    shape = extents(a.axes) + extents(b.axes)
-    if not _matched(a):
-        return inner.reshape(shape)
-    return xp_of(inner).einsum(inner, labels_x + labels_y, kept).reshape(shape)
+    ours, theirs = list(range(len(x))), list(range(len(x), len(x) + len(y)))
+    mine, yours = contracted_positions(a), contracted_positions(b)
+    if mine and not mode.sites:  # already at the same position
+        inner = inner.sum(axis=tuple(mine), keepdims=True)
+    elif mine:
+        for i, j in zip(mine, yours, strict=True):
+            theirs[j] = ours[i]
+        inner = xp_of(inner).einsum(inner, ours + theirs, [ours[i] for i in a.order] + [theirs[j] for j in b.order])
+    return inner.reshape(shape_of(mode, a.axes, b.axes))
 
 
-def sum_kept(inner, a: Base):
-    """Sum a same-example moment over the contracted axes of a base."""
-    axes = tuple(i for i in a.contracted if np.shape(inner)[i] > 1)
-    return (inner.sum(axis=axes) if axes else inner).reshape(extents(a.axes))
+def contract_constants(a: tuple[Base, ...], b: tuple[Base, ...], mode: Mode):
+    """sum_k x(p k) y(p' k) of known arrays, over pairs of bases, as one matrix product for each common position."""
+    axes_x, axes_y = a[0].axes, b[0].axes
+    x, y = _patches(a), _patches(b)
+    apart = [i for i, axis in enumerate(axes_y) if mode.apart(axis)]
+    if mode == PAIRS:
+        x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        return xp_of(x, y).matmul(x, y.T).reshape(shape_of(mode, axes_x, axes_y))
+    along = [i for i in range(len(axes_x)) if i not in apart]
+    if not any(x.shape[i] > 1 for i in apart) and not any(y.shape[i] > 1 for i in apart):
+        return (x * y).sum(axis=-1).reshape(shape_of(mode, axes_x, axes_y))
+    xp = xp_of(x, y)
+    sizes = [tuple(array.shape[i] for i in apart) for array in (x, y)]
+    common = tuple(x.shape[i] for i in along)
+    stacks = [
+        array.transpose(*along, *apart, len(axes_x)).reshape(math.prod(common), math.prod(size), -1)
+        for array, size in zip((x, y), sizes, strict=True)
+    ]
+    out = xp.matmul(stacks[0], stacks[1].swapaxes(1, 2)).reshape(common + sizes[0] + sizes[1])
+    count = len(axes_x)
+    back = [int(i) for i in np.argsort([*along, *apart])]
+    return out.transpose(*back, *range(count, out.ndim)).reshape(shape_of(mode, axes_x, axes_y))
 
 
-def constant_contraction(a: Base, b: Base):
-    """sum_k x(p k) y(p' k) of two known arrays, as one matrix product."""
-    sides = []
-    for base in (a, b):
+def _patches(bases: tuple[Base, ...]):
+    """What known arrays the bases contract, over their positions and (last) the contracted entries of all of them."""
+    blocks = []
+    for base in bases:
         operand: Sum = base.operand
-        xp = xp_of(operand.constant)
-        array = xp.broadcast_to(operand.constant, extents(operand.axes))
-        matched = _matched(base)
+        constant = full_rank(operand.constant, len(operand.axes))
+        array = xp_of(constant).broadcast_to(constant, extents(operand.axes))
+        matched = contracted_positions(base)
         rest = [i for i in range(len(operand.axes)) if i not in matched]
-        array = array.transpose(*rest, *matched)
-        kept = math.prod(np.shape(array)[: len(rest)])
-        sides.append(array.reshape(kept, -1))
-    return xp_of(*sides).matmul(sides[0], sides[1].T).reshape(extents(a.axes) + extents(b.axes))
+        blocks.append(array.transpose(*rest, *matched).reshape(*extents(base.axes), -1))
+    return blocks[0] if len(blocks) == 1 else xp_of(*blocks).concatenate(blocks, axis=-1)
 
 
-def same_entry(a: Base, b: Base):
+def convolved(value, windows: Windows, x: Axes, y: Axes, mode: Mode):
+    """Sum over the taps of a convolution of M[x, y], both sides shifted alike: one axis after the other."""
+    for axis, steps in windows:
+        sides = [axis] + ([len(x) + axis] if mode.apart(y[axis]) else [])
+        out: Any = None
+        for step in steps:
+            into, out_of = [slice(None)] * value.ndim, [slice(None)] * value.ndim
+            for side in sides:
+                into[side] = slice(step.first, step.first + step.count * step.step, step.step)
+                out_of[side] = slice(step.start, step.start + step.count * step.stride, step.stride)
+            if out is None:
+                shape = list(value.shape)
+                for side in sides:
+                    shape[side] = step.size
+                out = xp_of(value).zeros(tuple(shape), value.dtype)
+            if is_traced(value):
+                out = out.at[tuple(into)].add(value[tuple(out_of)])
+            else:
+                out[tuple(into)] += value[tuple(out_of)]
+        value = out
+    return value
+
+
+def same_entry(a: Base, b: Base, mode: Mode):
     """1 where two views of one weight leaf show the same entry (channel by channel), else 0."""
-    mine, yours = _entries(a), _entries(b)
-    return (before(mine, len(b.axes)) == after(yours, len(a.axes))).astype(np.float64)
-
-
-def same_entry_diagonal(a: Base, b: Base):
-    return (_entries(a) == _entries(b)).astype(np.float64)
+    mine, yours = left(_entries(a), len(b.axes)), right(_entries(b), mode, b.axes, a.axes)
+    return np.broadcast_to((mine == yours).astype(np.float64), shape_of(mode, a.axes, b.axes))
 
 
 def _entries(a: Base) -> np.ndarray:
-    entries = a.view.indices([i for i, axis in enumerate(a.axes) if not axis.channel])
-    return np.broadcast_to(entries, extents(a.axes))
+    return a.view.indices([i for i, axis in enumerate(a.axes) if not axis.channel])
 
 
 # ------------------------------------------------------------------ Gaussian expectations of expressions
@@ -173,6 +186,13 @@ def cross(f: Expr, g: Expr, q1, q2, k):
     k = xp.clip(k, -bound, bound)
     value = gaussian.cross(f.fn, g.fn, q1, q2, k)
     return value if is_traced(value) else np.asarray(value)
+
+
+def crosses(pairs: list[tuple[Expr, Expr]], q1, q2, k) -> list:
+    """`cross` for several pairs of functions of the same Gaussians; what they have in common is computed once."""
+    if k is None or is_traced(q1, q2, k) or any(VARIABLE in pair for pair in pairs):
+        return [cross(f, g, q1, q2, k) for f, g in pairs]
+    return duals([(f.fn, g.fn) for f, g in pairs], q1, q2, k)
 
 
 def _stein(g: Expr, q, k):

@@ -15,14 +15,14 @@ import numpy as np
 
 from initjax.errors import InputError, UnsupportedLayerError
 from initjax.infinite.moments import Moments
-from initjax.trace.domain import Base, Tangent
+from initjax.infinite.tiles import evaluate, ratio
 from initjax.trace.flax import Functional, as_functional, cannot_call, check_array
-from initjax.trace.graph import reachable
 from initjax.trace.initstats import LeafStats
 from initjax.trace.jaxpr import is_traced
-from initjax.trace.maps import xp_of
 from initjax.trace.program import Program, read_model, trace_program
-from initjax.trace.walk import INPUTS, Walk, Walked
+from initjax.trace.walk import Walk, Walked
+
+PARTS = ("nngp", "ntk", "leaves", "layers")
 
 
 @jax.tree_util.register_dataclass
@@ -95,31 +95,38 @@ class KernelFunction:
     def __repr__(self) -> str:
         return f"KernelFunction({type(self._model).__name__}, {len(self.weights)} leaves)"
 
-    def __call__(self, x1, x2=None) -> Kernel:
+    def __call__(self, x1, x2=None, *, get=PARTS, memory=None, dtype=None) -> Kernel:
         """Kernels between two batches.
 
         Parameters
         ----------
-        x1, x2 : batches with the structure of the example inputs, sizes n1 and n2; x2 None means x1.
+        x1, x2 : batches with the structure of the example inputs, sizes n1 and n2; x2 None means x1, at half the cost.
+        get : which of "nngp", "ntk", "leaves", "layers" to compute; what is left out is None or empty.
+        memory : budget for results and work, in bytes or as "2GiB"; None: half of what is free.
+        dtype : of the matrices in the result, float64 or float32; the work is done in float64.
 
         Returns
         -------
-        Kernel of shape (n1, n2), NumPy float64; for traced inputs in their dtype.
+        Kernel of shape (n1, n2), NumPy float64 unless `dtype` says otherwise; for traced inputs in their dtype.
 
         Raises
         ------
-        InputError : inputs the model cannot be called on, complex, NaN or infinite.
+        InputError : inputs the model cannot be called on, complex, NaN or infinite; an unknown part; a budget that does
+            not hold the results and one pair of examples.
         """
         same = x2 is None
         batches = (x1,) if same else (x1, x2)
         for batch, name in zip(batches, ("x1", "x2"), strict=False):
             for leaf in jax.tree.leaves(batch):
                 check_array(leaf, name)
-        if not is_traced(*batches):
-            return self._compute(*[self.walk(batch) for batch in batches])
+        get = _parts(get)
+        walks = [(self.walk(batch)) for batch in batches] if not is_traced(*batches) else None
+        if walks is not None:
+            return self._compute(walks[0], None if same else walks[1], get, memory, _dtype(dtype), False)
         dtype = jnp.result_type(*[leaf for leaf in jax.tree.leaves(batches) if is_traced(leaf)])
         with jax.numpy_dtype_promotion("standard"):  # tracers meet NumPy float64 constants
-            kernel = self._compute(*[self.walk(batch) for batch in batches])
+            walks = [self.walk(batch) for batch in batches]
+            kernel = self._compute(walks[0], None if same else walks[1], get, memory, np.float64, True)
             return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), kernel)
 
     def walk(self, x) -> Walked:
@@ -140,27 +147,20 @@ class KernelFunction:
                 except Exception as error:  # the model itself cannot be called on these inputs
                     raise cannot_call(self._model, x, {}, error) from error
                 raise
-        return Walk(self._programs[key], Moments(self.weights, True).expectation).run(leaves)
+        return Walk(self._programs[key], Moments(self.weights).expectation).run(leaves)
 
-    def _compute(self, first: Walked, second: Walked | None = None) -> Kernel:
-        same = second is None
-        second = first if second is None else second
-        moments = Moments(self.weights, same)
-        sides = [[w.output.body, *w.layers.values(), *_tangents(w)] for w in (first, second)]
-        moments.run(*sides)
-        nngp = _per_example(moments.pair(first.output.body, second.output.body), first, second)
-        leaves, on_diagonal = {}, {}
-        if first.tangent is not None and second.tangent is not None:
-            leaves = moments.tangents(first.tangent.body, second.tangent.body)
-            on_diagonal = moments.tangents(first.tangent.body, first.tangent.body, "diagonal")
-        zero = np.zeros(np.shape(nngp))
-        leaves = {
-            s.name: _per_example(leaves[s.name], first, second) if s.name in leaves else zero for s in self.weights
-        }
-        ntk = sum((leaf if self.eta[name] == 1.0 else self.eta[name] * leaf for name, leaf in leaves.items()), zero)
-        layers = _layers(moments, first, second, on_diagonal)
+    def _compute(self, first: Walked, second: Walked | None, get, memory, dtype, traced: bool) -> Kernel:
+        found = evaluate(first, second, self.weights, self.eta, get, memory, dtype, traced)
         notes = tuple(s.note for s in self.weights if s.note) + tuple(first.notes)
-        return Kernel(nngp, ntk, layers, leaves, None, self.eta, notes)
+        layers, previous = [], 1.0
+        for name, of in found.get("layers", {}).items():
+            missing = np.full(np.shape(of["q"]), np.nan)
+            chi = missing if of["slope"] is None else ratio(of["slope"], previous)
+            previous = previous if of["slope"] is None else of["slope"]
+            gradient = missing if of["gradient"] is None else of["gradient"]
+            layers.append(Layer(name, of["q"], of["correlation"], chi, gradient))
+        leaves = found.get("leaves", {})
+        return Kernel(found.get("nngp"), found.get("ntk"), tuple(layers), leaves, None, self.eta, notes)
 
 
 def kernel_fn(
@@ -246,6 +246,33 @@ def kernel_fn(
     return kernel
 
 
+def _parts(get) -> tuple[str, ...]:
+    chosen = (get,) if isinstance(get, str) else tuple(get)
+    if not chosen or any(part not in PARTS for part in chosen):
+        raise InputError(
+            f"get = {get!r}",
+            f"some of {', '.join(PARTS)}",
+            "these are the parts of a Kernel",
+            'leave it out for all of them, or use ("nngp", "ntk") where only these matter',
+        )
+    return chosen
+
+
+def _dtype(dtype) -> np.dtype:
+    try:
+        chosen = np.dtype(np.float64 if dtype is None else dtype)
+    except TypeError:
+        chosen = np.dtype(bool)
+    if chosen not in (np.dtype(np.float32), np.dtype(np.float64)):
+        raise InputError(
+            f"dtype = {dtype!r}",
+            "float64 or float32",
+            "kernels are computed in float64 and kept in one of these",
+            "leave it out for float64",
+        )
+    return chosen
+
+
 def _zeros_if_abstract(leaf):
     abstract = isinstance(leaf, jax.ShapeDtypeStruct) or is_traced(leaf)
     return np.zeros(leaf.shape, leaf.dtype) if abstract else leaf
@@ -298,93 +325,6 @@ def _eta(parameterization, weights: tuple[LeafStats, ...]) -> dict[str, float]:
             )
         eta.update(dict.fromkeys(found, value))
     return eta
-
-
-# ------------------------------------------------------------------ from moments to results
-
-
-def _tangents(walked: Walked) -> list[Tangent]:
-    extra = [walked.tangent.body] if walked.tangent is not None else []
-    return [*walked.tangents.values(), *(t for t in extra if isinstance(t, Tangent))]
-
-
-def _per_example(value, first: Walked, second: Walked):
-    """(n1, n2) from a moment over all positions: the mean over equal output positions."""
-    n1, n2 = first.output.shape[0], second.output.shape[0]
-    if value is None:
-        return np.zeros((n1, n2))
-    return _mean_over_positions(value, n1, n2)
-
-
-def _mean_over_positions(value, n1: int, n2: int):
-    count = math.isqrt(math.prod(np.shape(value)) // (n1 * n2))
-    if count == 1:
-        return value.reshape(n1, n2)
-    return xp_of(value).einsum("apbp->ab", value.reshape(n1, count, n2, count)) / count
-
-
-def _layers(moments: Moments, first: Walked, second: Walked, on_diagonal) -> tuple[Layer, ...]:
-    n1, n2 = first.output.shape[0], second.output.shape[0]
-    kernels = _single_uses(moments, first)
-    layers, previous = [], 1.0
-    for name, u in first.layers.items():
-        v = second.layers[name]
-        q1, q2 = (_by_example(moments.diagonal(s, s), n) for s, n in ((u, n1), (v, n2)))
-        correlation = _correlation(moments.pair(u, v), q1, q2, moments.same)
-        slope = None
-        if name in first.tangents:
-            slope = moments.tangents(first.tangents[name], first.tangents[name], "diagonal").get(INPUTS)
-        if slope is None:
-            chi = np.full(n1, np.nan)
-        else:
-            slope = _by_example(slope, n1)
-            chi, previous = _ratio(slope, previous), slope
-        gradient = np.full(n1, np.nan)
-        if name in kernels:
-            leaf, norm = kernels[name]
-            if leaf in on_diagonal:
-                gradient = _ratio(_by_example(on_diagonal[leaf], n1), norm.reshape(n1))
-        layers.append(Layer(name, q1, correlation, chi, gradient))
-    return tuple(layers)
-
-
-def _single_uses(moments: Moments, walked: Walked) -> dict[str, tuple[str, Any]]:
-    """Layer -> (its weight, E|h|^2) for weights used once, at one position an example."""
-    if walked.tangent is None:
-        return {}
-    n = walked.output.shape[0]
-    found: dict[str, list] = {}
-    for atom in reachable([walked.tangent.body]):
-        if isinstance(atom, Base) and atom.tangent and atom.view.tangent and atom.kind == "dot":
-            leaf = moments.leaves[atom.view.leaf].name
-            norm = moments.dot_atoms(atom, atom, "diagonal").get(leaf)
-            if norm is not None:
-                found.setdefault(atom.layer, []).append((leaf, norm))
-    return {layer: uses[0] for layer, uses in found.items() if len(uses) == 1 and uses[0][1].size == n}
-
-
-def _by_example(value, n: int):
-    if value is None:
-        return np.zeros(n)
-    return value.reshape(n, -1).mean(axis=1)
-
-
-def _correlation(cov, q1, q2, same: bool):
-    n1, n2 = q1.shape[0], q2.shape[0]
-    cov = np.zeros((n1, n2)) if cov is None else _mean_over_positions(cov, n1, n2)
-    xp = xp_of(cov, q1, q2)
-    norm = xp.sqrt(q1)[:, None] * xp.sqrt(q2)[None, :]
-    value = _ratio(cov, norm)
-    if same:
-        value = xp.where(np.eye(n1, dtype=bool) & (norm > 0), 1.0, value)
-    return value
-
-
-def _ratio(above, below):
-    """above / below, NaN where below is zero."""
-    xp = xp_of(above, below)
-    positive = xp.asarray(below) > 0
-    return xp.where(positive, above / xp.where(positive, below, 1.0), xp.nan)
 
 
 __all__ = ["Kernel", "KernelFunction", "Layer", "kernel_fn"]

@@ -7,9 +7,10 @@ For two bodies X, Y of independent channels, M[X, Y](p, p') = E[X_c(p) Y_c(p')],
     f(u), g(v)     E[f(u) g(v)] of a Gaussian pair with covariance M[u, v]
     tangents       sum_{jk} M[coef_j, coef_k] * M[gdot_j, gdot_k], one array for every weight leaf
 
-Same-example moments (the diagonals) run through a recursion of their own, by one-dimensional formulas: the diagonal of
-a kernel carries no arccos(1) noise. Sources: Lee et al. 2018 (arXiv:1711.00165), Jacot et al. 2018 (arXiv:1806.07572),
-Yang 2019-2020 (arXiv:1910.12478, 2006.14548); the tangent form is derived in the documentation.
+One recursion serves four sets of position pairs (modes.py). Same-example, same-position moments run by one-dimensional
+formulas: the diagonal of a kernel carries no arccos(1) noise. A fine set is taken from a coarse one only where a step
+mixes positions. Sources: Lee et al. 2018 (arXiv:1711.00165), Jacot et al. 2018 (arXiv:1806.07572), Yang 2019-2020
+(arXiv:1910.12478, 2006.14548); the tangent form is derived in the documentation.
 """
 
 import math
@@ -18,79 +19,130 @@ from typing import Any
 from initjax.infinite.arrays import (
     Array,
     Total,
-    after,
-    before,
-    constant_contraction,
+    contract_constants,
+    contracted_positions,
+    convolved,
     cross,
+    crosses,
     expect,
     filled,
+    full,
     full_rank,
-    put_diagonal,
     same_entry,
-    same_entry_diagonal,
     scale,
-    sum_kept,
     sum_matching,
-    take_diagonal,
 )
-from initjax.trace.domain import Atom, Base, Ew, Lin, Product, Sum, Tangent, is_zero
+from initjax.infinite.modes import (
+    PAIRS,
+    SAME,
+    SITES,
+    WITHIN,
+    Mode,
+    alike,
+    left,
+    moved,
+    moved_right,
+    right,
+    shape_of,
+    taken,
+    with_diagonal,
+)
+from initjax.trace.domain import Atom, Base, Ew, Lin, Product, Sum, Tangent, Taps, is_zero
 from initjax.trace.expr import VARIABLE, Expr
 from initjax.trace.graph import carries, pairing, parts_of, reachable, related, sources
 from initjax.trace.initstats import LeafStats
-from initjax.trace.maps import extents
+from initjax.trace.maps import Axes, extents
 from initjax.trace.walk import INPUTS
 
 Leaves = dict[str, Array]  # weight leaf -> its part of a tangent moment
+EVERYTHING = "<all leaves>"  # the one entry of tangent moments that are added up as they come
 
 
 class Moments:
-    """Moments between the bodies of one or two walks over the same model.
+    """Moments between the bodies of one block of a walk with itself (`own`), or of two blocks.
 
     Parameters
     ----------
     leaves : distribution of the weight leaves.
-    same : whether both sides are one walk; then diagonals are known exactly.
+    sides : the own moments of the two blocks, which know the variances; None: these are own moments.
+    eta : leaf -> factor, to add the leaves up as they come, under `EVERYTHING`; None: keep them apart.
     """
 
-    def __init__(self, leaves: tuple[LeafStats, ...], same: bool):
-        self.leaves, self.same = leaves, same
+    def __init__(self, leaves: tuple[LeafStats, ...], sides: "tuple[Moments, Moments] | None" = None, eta=None):
+        self.leaves, self.eta, self.own = leaves, eta, sides is None
+        self.sides = (self, self) if sides is None else sides
+        self.same = self.sides[0] is self.sides[1]
+        self.fine, self.coarse = (SAME, WITHIN) if self.own else (SITES, PAIRS)
+        self.kept = SAME
+        self.live = self.peak = self.largest = self.widest = self.small = (
+            0  # bytes of what is remembered, for one position of each
+        )
         self._memo: dict[tuple, Any] = {}
         self._wrapped: dict[int, Any] = {}
         self._dies: dict[int, float] = {}
+        self._roots: set[int] = set()
         self._due: dict[float, list[tuple]] = {}
+        self._wanted: dict[int, set[Mode]] = {}
+        self._siblings: dict[tuple[int, int], list[tuple[Ew, Ew]]] = {}
+
+    # ------------------------------------------------------------------ in order
 
     def run(self, first: list, second: list) -> None:
         """Compute the moments of all atoms behind these bodies, oldest first, and forget what is used up.
 
         first, second : bodies on either side; what stands in them is kept. Going in order keeps the recursion shallow,
-        and at any time only a few layers' matrices are alive.
+        and at any time only a few layers' matrices are alive. Which sets of pairs will be asked for follows from the
+        bodies back to the inputs; a wrong guess costs memory, never a digit.
         """
         ours, theirs = reachable(first), reachable(second)
+        self.kept = SAME if self.own else self.top(first[0].axes)
         for bodies, atoms in ((first, ours), (second, theirs)):
             self._set_lifetimes(bodies, atoms)
-        aligned = [type(a) for a in ours] == [type(b) for b in theirs]
-        for a, b in zip(ours, theirs, strict=True) if aligned else ():
-            for atom in (a,) if a is b else (a, b):
-                if isinstance(atom, Product):
+        if [type(a) for a in ours] != [type(b) for b in theirs]:
+            return
+        asked = self._wanted = self._asked(first, ours)
+        for a, b in zip(ours, theirs, strict=True):
+            if isinstance(a, Ew) and isinstance(b, Ew):
+                self._siblings.setdefault((id(a.leaf), id(b.leaf)), []).append((a, b))
+        for a, b in zip(ours, theirs, strict=True):
+            for mode in sorted(asked.get(id(a), ())):
+                if isinstance(a, Product):
                     continue
-                if not atom.tangent:
-                    self.atoms_diagonal(atom, atom)
-                elif not carries(atom):
-                    self.dot_atoms(atom, atom, "diagonal")
-            if isinstance(a, Product):
-                continue
-            if not a.tangent:
-                self.atoms(a, b)
-            elif not carries(a):
-                self.dot_atoms(a, b, "leaves")
+                if not a.tangent:
+                    self.atoms(a, b, mode)
+                elif not carries(a):
+                    self.dot_atoms(a, b, mode)
             for key in self._due.pop(a.number, ()):
-                self._memo.pop(key, None)
+                self._forget(key)
+
+    def _asked(self, bodies: list, atoms: list[Atom]) -> dict[int, set[Mode]]:
+        asked: dict[int, set[Mode]] = {}
+
+        def ask(body, mode: Mode) -> None:
+            for thing in parts_of(body):
+                if isinstance(thing, Atom):
+                    asked.setdefault(id(thing), set()).add(self._mode(mode, thing.axes, thing.axes))
+
+        for body in bodies:
+            ask(body, self.kept)
+        for atom in reversed(atoms):
+            for mode in list(asked.get(id(atom), ())):
+                below = mode
+                if isinstance(atom, Base) and atom.kind == "dot":
+                    below = self._operand_mode(atom, atom, mode)
+                elif isinstance(atom, Lin) and not atom.map.local:
+                    below = self.coarse
+                for body in sources(atom):
+                    ask(body, below)
+        return asked
+
+    def top(self, axes: Axes) -> Mode:
+        """What is asked of results: all pairs of examples, at the same position where that can be told apart."""
+        return SITES if any(a.example for a in axes) else PAIRS
 
     def prepare(self, body) -> None:
         """Same-example moments of everything behind a body, oldest first, which keeps the recursion shallow."""
-        for atom in reachable([body]):
-            if not atom.tangent and not isinstance(atom, Product):
-                self.atoms_diagonal(atom, atom)
+        self.run([body], [body])
 
     def expectation(self, body: Sum):
         """E[body] at every position; None where zero by structure."""
@@ -102,28 +154,33 @@ class Moments:
             for body in sources(atom):
                 for thing in parts_of(body):
                     self._dies[id(thing)] = max(self._dies.get(id(thing), 0), atom.number)
-        for body in bodies:
-            for thing in parts_of(body):
-                self._dies[id(thing)] = float("inf")
+        self._roots |= {id(thing) for body in bodies for thing in parts_of(body)}
 
-    # ------------------------------------------------------------------ primal bodies
+    def _remember(self, kind, mode: Mode, x, y, compute):
+        key = (kind, mode, id(x), id(y))
+        found = self._memo.get(key)
+        if found is None:
+            found = self._store(key, compute(x, y, mode), x, y)
+        return found[0]
 
-    def pair(self, x: Sum, y: Sum) -> Array | None:
-        """M[x, y], of shape extents(x) + extents(y); None where it is zero by structure."""
-        return self._remember("pair", x, y, self._pair)
+    def _store(self, key, value, x, y):
+        """The bodies are kept with the value so that their ids stay theirs."""
+        found = self._memo[key] = (value, x, y)
+        self.small += _bytes(value) if key[1] == SAME else 0
+        if key[1] != SAME:  # those are small, and kept
+            self.live += _bytes(value)
+            self.peak, self.largest = max(self.peak, self.live), max(self.largest, _bytes(value))
+            self.widest = max(self.widest, 0 if isinstance(value, dict) else _bytes(value))
+            kept = id(x) in self._roots and id(y) in self._roots and key[1] == self.kept
+            due = float("inf") if kept else min(self._dies.get(id(thing), 0) for thing in (x, y))
+            self._due.setdefault(due, []).append(key)
+        return found
 
-    def diagonal(self, x: Sum, y: Sum) -> Array | None:
-        """E[x(p) y(p)] for two bodies of one walk on the same axes."""
-        return self._remember("diagonal", x, y, self._diagonal)
+    def _forget(self, key) -> None:
+        found = self._memo.pop(key, None)
+        self.live -= _bytes(found[0]) if found else 0
 
-    def _remember(self, kind: str, x, y, compute):
-        key = (kind, id(x), id(y))
-        if key not in self._memo:
-            self._memo[key] = (compute(x, y), x, y)  # the bodies are kept so that their ids stay theirs
-            if "diagonal" not in kind and kind != "mean":  # those are small, and kept
-                due = min(self._dies.get(id(x), float("inf")), self._dies.get(id(y), float("inf")))
-                self._due.setdefault(due, []).append(key)
-        return self._memo[key][0]
+    # ------------------------------------------------------------------ objects that stand for one thing
 
     def _single(self, a: Atom) -> Sum:
         """An atom as a sum, one object for each atom."""
@@ -143,122 +200,147 @@ class Moments:
         """An atom as a function of a Gaussian leaf; a Gaussian atom is the identity of itself."""
         return (a.leaf, a.expr) if isinstance(a, Ew) else (self._single(a), VARIABLE)
 
-    def _pair(self, x: Sum, y: Sum):
+    # ------------------------------------------------------------------ sets of pairs
+
+    def _mode(self, mode: Mode, x: Axes, y: Axes) -> Mode:
+        """Without positions beside the examples all pairs are all pairs of examples."""
+        if not mode.sites or not _corresponding(x, y):
+            return mode
+        trivial = all(a.example or n == 1 for axes in (x, y) for a, n in zip(axes, extents(axes), strict=True))
+        return mode._replace(sites=False) if trivial else mode
+
+    def _operand_mode(self, a: Base, b: Base, mode: Mode) -> Mode:
+        """What a contraction asks of its operands: positions that are all contracted meet themselves alone."""
+        alone = mode.sites and all(n == 1 or c.example for c, n in zip(a.axes, extents(a.axes), strict=True))
+        return mode._replace(sites=False) if alone and _parallel(a, b) else mode
+
+    def _taken(self, remembered, compute, a, b, mode: Mode) -> Any:
+        """What `mode` asks for out of the coarse set of pairs; where that is no larger it is not remembered."""
+        larger = self._mode(self.coarse, a.axes, b.axes) == self.coarse
+        value = (remembered if larger else compute)(a, b, self.coarse)
+        if isinstance(value, dict):
+            return {leaf: taken(v, a.axes, b.axes, self.coarse, mode) for leaf, v in value.items()}
+        return taken(value, a.axes, b.axes, self.coarse, mode)
+
+    # ------------------------------------------------------------------ primal bodies
+
+    def moment(self, x: Sum, y: Sum, mode: Mode) -> Array | None:
+        """M[x, y] at the pairs of positions of `mode`; None where it is zero by structure."""
+        return self._remember("sum", self._mode(mode, x.axes, y.axes), x, y, self._sum)
+
+    def variance(self, u: Sum):
+        """E[u(p)^2] over the positions of u; own moments only."""
+        return filled(self.flat(self.moment(u, u, SAME), u.axes), u.axes)
+
+    def flat(self, value, axes: Axes):
+        """A same-position moment over the positions of its body."""
+        return None if value is None else value.reshape(extents(axes))
+
+    def _sum(self, x: Sum, y: Sum, mode: Mode):
         rank_x, rank_y = len(x.axes), len(y.axes)
         total = Total()
         for a, c in x.terms:
             for b, d in y.terms:
-                total.add(self.atoms(a, b), before(c, rank_y), after(d, rank_x))
+                if _unrelated(a, b):
+                    continue
+                total.add(self.atoms(a, b, mode), left(c, rank_y), right(d, mode, y.axes, x.axes))
         if not is_zero(y.constant):
             for a, c in x.terms:
-                total.add(before(self.mean(a), rank_y), before(c, rank_y), after(y.constant, rank_x))
+                mean = left(self.sides[0].mean(a), rank_y)
+                total.add(mean, left(c, rank_y), right(full_rank(y.constant, rank_y), mode, y.axes, x.axes))
         if not is_zero(x.constant):
             for b, d in y.terms:
-                total.add(after(self.mean(b), rank_x), before(x.constant, rank_y), after(d, rank_x))
+                mean = right(self.sides[1].mean(b), mode, y.axes, x.axes)
+                total.add(mean, left(full_rank(x.constant, rank_x), rank_y), right(d, mode, y.axes, x.axes))
             if not is_zero(y.constant):
-                total.add(before(full_rank(x.constant, rank_x), rank_y), after(y.constant, rank_x))
-        return total.full(extents(x.axes) + extents(y.axes))
+                known = left(full_rank(x.constant, rank_x), rank_y)
+                total.add(known, right(full_rank(y.constant, rank_y), mode, y.axes, x.axes))
+        return total.full(shape_of(mode, x.axes, y.axes))
 
-    def _diagonal(self, x: Sum, y: Sum):
-        total = Total()
-        for a, c in x.terms:
-            for b, d in y.terms:
-                total.add(self.atoms_diagonal(a, b), c, d)
-        if not is_zero(y.constant):
-            for a, c in x.terms:
-                total.add(self.mean(a), c, y.constant)
-        if not is_zero(x.constant):
-            for b, d in y.terms:
-                total.add(self.mean(b), x.constant, d)
-            if not is_zero(y.constant):
-                total.add(full_rank(x.constant, len(x.axes)), y.constant)
-        return total.full(extents(x.axes))
-
-    def atoms(self, a: Atom, b: Atom) -> Array | None:
+    def atoms(self, a: Atom, b: Atom, mode: Mode) -> Array | None:
         """M of two primal atoms."""
-        return self._remember("atoms", a, b, self._atoms)
+        return self._remember("atoms", self._mode(mode, a.axes, b.axes), a, b, self._atoms)
 
-    def atoms_diagonal(self, a: Atom, b: Atom) -> Array | None:
-        return self._remember("atoms diagonal", a, b, self._atoms_diagonal)
-
-    def _atoms(self, a: Atom, b: Atom):
-        if isinstance(a, Lin):
-            inner = self.pair(a.source, self._single(b))
-            return None if inner is None else a.map.apply(inner, a.source.axes)
-        if isinstance(b, Lin):
-            inner = self.pair(self._single(a), b.source)
-            return None if inner is None else b.map.apply(inner, b.source.axes, len(a.axes))
-        if isinstance(a, Product) or isinstance(b, Product):
-            return self._products(a, b, diagonal=False)
-        if isinstance(a, Base) and isinstance(b, Base):
-            return self._bases(a, b)
-        return self._functions(a, b)
-
-    def _atoms_diagonal(self, a: Atom, b: Atom):
-        for one, other in ((a, b), (b, a)):
-            if isinstance(one, Lin) and one.map.kind == "scale":
-                inner = self.diagonal(one.source, self._single(other))
-                return None if inner is None else one.map.apply(inner, one.source.axes)
+    def _atoms(self, a: Atom, b: Atom, mode: Mode):
         if isinstance(a, Lin) or isinstance(b, Lin):
-            if isinstance(a, Lin) and isinstance(b, Lin) and a.map == b.map and a.map.local:
-                inner = self.diagonal(a.source, b.source)
-                return None if inner is None else a.map.apply(inner, a.source.axes)
-            return take_diagonal(self.atoms(a, b), len(a.axes))
+            return self._maps(a, b, mode)
         if isinstance(a, Product) or isinstance(b, Product):
-            return self._products(a, b, diagonal=True)
-        if isinstance(a, Base) and isinstance(b, Base):
-            return self._bases_diagonal(a, b)
-        u, f = self._leaf(a)
-        v, g = self._leaf(b)
-        q1, q2 = (filled(self.diagonal(w, w), w.axes) for w in (u, v))
-        return cross(f, g, q1, q2, self.diagonal(u, v))
+            return self._products(a, b, mode)
+        if isinstance(a, (Base, Taps)) and isinstance(b, (Base, Taps)):
+            return self._bases(a, b, mode)
+        return self._functions(a, b, mode)
 
-    def _functions(self, a: Atom, b: Atom):
-        """E[f(u) g(v)] at all pairs of positions."""
+    def _maps(self, a: Atom, b: Atom, mode: Mode):
+        if not mode.sites and not (_is_scale(a) or _is_scale(b)):
+            if isinstance(a, Lin) and isinstance(b, Lin) and alike(a.map, b.map) and a.map.local:
+                inner = self.moment(a.source, b.source, mode)
+                return None if inner is None else moved(inner, a, b, mode)
+            return self._taken(self.atoms, self._maps, a, b, mode)
+        if isinstance(a, Lin) and (mode.sites or _is_scale(a)):
+            inner = self.moment(a.source, self._single(b), mode)
+            return None if inner is None else a.map.apply(inner, a.source.axes)
+        assert isinstance(b, Lin)
+        inner = self.moment(self._single(a), b.source, mode)
+        return None if inner is None else moved_right(inner, b, mode, a.axes)
+
+    def _functions(self, a: Atom, b: Atom, mode: Mode):
+        """E[f(u) g(v)]; all functions of one pair of leaves at once."""
         (u, f), (v, g) = self._leaf(a), self._leaf(b)
-        rank_a, rank_b = len(a.axes), len(b.axes)
-        q1 = filled(self.diagonal(u, u), u.axes)
-        q2 = filled(self.diagonal(v, v), v.axes)
-        value = cross(f, g, before(q1, rank_b), after(q2, rank_a), self.pair(u, v))
-        if value is not None and self.same and a.axes == b.axes:
-            exact = self.atoms_diagonal(a, b)
-            value = put_diagonal(value, exact, rank_a)
+        q1 = left(self.sides[0].variance(u), len(b.axes))
+        q2 = right(self.sides[1].variance(v), mode, b.axes, a.axes)
+        k = self.moment(u, v, mode)
+        if mode == SAME:
+            return cross(f, g, q1, q2, k)
+        members = [(a, b)] + [(p, q) for p, q in self._siblings.get((id(u), id(v)), ()) if self._waits(p, q, a, mode)]
+        found = crosses([(self._leaf(p)[1], self._leaf(q)[1]) for p, q in members], q1, q2, k)
+        for (p, q), value in zip(members[1:], found[1:], strict=True):
+            self._store(("atoms", mode, id(p), id(q)), self._exact(value, p, q, mode), p, q)
+        return self._exact(found[0], a, b, mode)
+
+    def _waits(self, p: Ew, q: Ew, current: Atom, mode: Mode) -> bool:
+        """Whether the moment of two functions will be asked for, and is not known yet."""
+        return (
+            p is not current and mode in self._wanted.get(id(p), ()) and ("atoms", mode, id(p), id(q)) not in self._memo
+        )
+
+    def _exact(self, value, a: Atom, b: Atom, mode: Mode):
+        if value is None:
+            return None
+        value = full(value, shape_of(mode, a.axes, b.axes))
+        if self.same and mode != SAME and a.axes == b.axes:
+            own = self.sides[0]
+            value = with_diagonal(value, own.flat(own.atoms(a, b, SAME), a.axes), mode, a.axes)
         return value
 
-    def _products(self, a: Atom, b: Atom, diagonal: bool):
+    def _products(self, a: Atom, b: Atom, mode: Mode):
         """E[l r l' r'] of products of independent factors: factor by factor."""
         ours, theirs = ([x.left, x.right] if isinstance(x, Product) else [self._single(x)] for x in (a, b))
         partners = pairing(ours, theirs)
         assert partners is not None, "the walk has refused products that do not factorise"
-        total = Total()
         factors = []
         for i, j in partners:
             if i is not None and j is not None:
-                factors.append(self.diagonal(ours[i], theirs[j]) if diagonal else self.pair(ours[i], theirs[j]))
+                factors.append(self.moment(ours[i], theirs[j], mode))
             elif i is not None:
-                mean = self.mean_of(ours[i])
-                factors.append(mean if diagonal else before(mean, len(b.axes)))
+                factors.append(left(self.sides[0].mean_of(ours[i]), len(b.axes)))
             else:
                 assert j is not None
-                mean = self.mean_of(theirs[j])
-                factors.append(mean if diagonal else after(mean, len(a.axes)))
+                factors.append(right(self.sides[1].mean_of(theirs[j]), mode, b.axes, a.axes))
+        total = Total()
         total.add(*factors)
-        return total.full(extents(a.axes) if diagonal else extents(a.axes) + extents(b.axes))
+        return total.full(shape_of(mode, a.axes, b.axes))
 
     def mean(self, a: Atom) -> Array | None:
-        """E[a(p)], of rank len(a.axes); None where zero by structure."""
-        if isinstance(a, Base):
+        """E[a(p)], of rank len(a.axes); None where zero by structure. Own moments only."""
+        if isinstance(a, (Base, Taps)):
             return None
         if isinstance(a, Lin):
             inner = self.mean_of(a.source)
             return None if inner is None else a.map.apply(inner, a.source.axes)
         if isinstance(a, Product):
-            return self.diagonal(a.left, a.right)
+            return self.flat(self.moment(a.left, a.right, SAME), a.axes)
         assert isinstance(a, Ew)
-        return self._remember("mean", a, a, lambda a, _: self._mean(a))
-
-    def _mean(self, a: Ew):
-        return expect(a.expr, filled(self.diagonal(a.leaf, a.leaf), a.leaf.axes))
+        return self._remember("mean", SAME, a, a, lambda a, *_: expect(a.expr, self.variance(a.leaf)))
 
     def mean_of(self, x: Sum) -> Array | None:
         """E[x(p)], of shape extents(x)."""
@@ -271,79 +353,92 @@ class Moments:
 
     # ------------------------------------------------------------------ Gaussians made by weights
 
-    def _bases(self, a: Base, b: Base):
-        """Primal bases: independent unless they share the weights."""
-        if not related(a, b):
-            return None
-        variance = self.leaves[a.view.leaf].variance
-        if a.kind == "vector":
-            return scale(same_entry(a, b), variance)
-        contracted = self.contraction(a, b)
-        return None if contracted is None else scale(contracted, variance * _channels(a))
+    def _bases(self, a: Base | Taps, b: Base | Taps, mode: Mode):
+        """Primal Gaussians: independent unless they share the weights."""
+        if isinstance(a, Taps) or isinstance(b, Taps):
+            if not _same_taps(a, b):
+                total = Total()
+                for p in _taps(a):
+                    for q in _taps(b):
+                        total.add(None if _unrelated(p, q) else self.atoms(p, q, mode))
+                return total.full(shape_of(mode, a.axes, b.axes))
+            first, inner = _taps(a)[0], self.patches(a, b, mode)
+        else:
+            first, inner = a, None
+            if not related(a, b):
+                return None
+            if a.kind == "vector":
+                return scale(same_entry(a, b, mode), self.leaves[a.view.leaf].variance)
+            inner = self.contraction(a, b, mode)
+        return None if inner is None else scale(inner, self.leaves[first.view.leaf].variance * _channels(first))
 
-    def _bases_diagonal(self, a: Base, b: Base):
-        if not related(a, b):
-            return None
-        variance = self.leaves[a.view.leaf].variance
-        if a.kind == "vector":
-            return scale(same_entry_diagonal(a, b), variance)
-        inner = self.diagonal(a.operand, b.operand)
-        return None if inner is None else scale(sum_kept(inner, a), variance * _channels(a))
-
-    def contraction(self, a: Base, b: Base):
+    def contraction(self, a: Base, b: Base, mode: Mode):
         """sum_k M[x, y](p k, p' k) over the contracted positions of two bases, on their own axes."""
         x, y = a.operand, b.operand
+        if not mode.sites and not _parallel(a, b):
+            return self._taken(self.contraction, self.contraction, a, b, mode)
         if x.is_constant and y.is_constant:
-            return constant_contraction(a, b)
-        inner = self.pair(x, y)
-        return None if inner is None else sum_matching(inner, a, b)
+            return contract_constants((a,), (b,), mode)
+        below = self._operand_mode(a, b, mode)
+        inner = self.moment(x, y, below)
+        return None if inner is None else sum_matching(inner, a, b, below)
+
+    def patches(self, a, b, mode: Mode):
+        """The sum of the taps' contractions; the same for a convolution and for the tangents of its weights."""
+        if a.source is None:
+            key = (a.bases[0].operand, b.bases[0].operand)
+            return self._remember("patches", mode, *key, lambda *_: contract_constants(a.bases, b.bases, mode))
+        kind = ("patches", a.windows, a.axes, a.bases[0].contracted)
+        return self._remember(kind, mode, a.source, b.source, lambda *_: self._patches(a, b, mode))
+
+    def _patches(self, a: Taps, b: Taps, mode: Mode):
+        inner = self.moment(a.source, b.source, mode)
+        return None if inner is None else self._convolved(inner, a, b, mode)
+
+    def _convolved(self, inner, a: Taps, b: Taps, mode: Mode):
+        spread = convolved(inner, a.windows, a.source.axes, b.source.axes, mode)
+        return sum_matching(spread, a.bases[0], b.bases[0], mode)
 
     # ------------------------------------------------------------------ tangents
 
-    def tangents(self, x: Tangent, y: Tangent, mode: str = "leaves") -> Leaves:
-        """M[x, y] by weight leaf, without its eta.
+    def tangents(self, x: Tangent, y: Tangent, mode: Mode) -> Leaves:
+        """M[x, y] by weight leaf, without its eta; own moments also know perturbations of the input, under `INPUTS`."""
+        return self._remember("tangents", self._mode(mode, x.axes, y.axes), x, y, self._tangents)
 
-        mode : "leaves", all pairs of positions; "diagonal", E[x(p) y(p)], also for perturbations of the input (under
-        `INPUTS`); "inputs", all pairs of positions for these alone.
-        """
-        return self._remember("tangents " + mode, x, y, lambda x, y: self._tangents(x, y, mode))
-
-    def _tangents(self, x: Tangent, y: Tangent, mode: str) -> Leaves:
+    def _tangents(self, x: Tangent, y: Tangent, mode: Mode) -> Leaves:
         (plain_x, maps_x), (plain_y, maps_y) = self._split(x), self._split(y)
-        if mode == "diagonal" and len(maps_x) == len(maps_y) == 1 and not plain_x and not plain_y:
-            (a, c), (b, d) = maps_x[0], maps_y[0]
-            if a.map == b.map and a.map.local:
-                inner = self.tangents(self._as_tangent(a.source), self._as_tangent(b.source), mode)
-                return {leaf: a.map.apply(value, a.source.axes) * c * d for leaf, value in inner.items()}
-        if mode == "diagonal" and (maps_x or maps_y):  # needs the pairs of positions of one example
-            full = self.tangents(x, y) | self.tangents(x, y, "inputs")
-            return {leaf: take_diagonal(value, len(x.axes)) for leaf, value in full.items()}
-        diagonal = mode == "diagonal"
-        rank_x, rank_y = (0, 0) if diagonal else (len(x.axes), len(y.axes))
+        if not mode.sites and (maps_x or maps_y):
+            if len(maps_x) == len(maps_y) == 1 and not plain_x and not plain_y:
+                (a, c), (b, d) = maps_x[0], maps_y[0]
+                if alike(a.map, b.map) and a.map.local:
+                    inner = self.tangents(self._as_tangent(a.source), self._as_tangent(b.source), mode)
+                    factors = left(c, len(y.axes)), right(d, mode, y.axes, x.axes)
+                    return {leaf: moved(v, a, b, mode) * factors[0] * factors[1] for leaf, v in inner.items()}
+            return self._taken(self.tangents, self._tangents, x, y, mode)
         out: dict[str, Total] = {}
         for c, g in plain_x:
             for d, h in plain_y:
                 dots = self._dots(g, h, mode)
-                weight = self._coefficients(c, d, rank_x, rank_y, diagonal) if dots else None
+                weight = self._coefficients(c, d, x, y, mode) if dots else None
                 for leaf, value in dots.items():
                     out.setdefault(leaf, Total()).add(value, weight)
         for atom, c in maps_x:
             for leaf, value in self.tangents(self._as_tangent(atom.source), y, mode).items():
-                out.setdefault(leaf, Total()).add(atom.map.apply(value, atom.source.axes), before(c, rank_y))
+                out.setdefault(leaf, Total()).add(atom.map.apply(value, atom.source.axes), left(c, len(y.axes)))
         for part in plain_x if maps_y else ():
             alone = self._part(x, part)
             for atom, d in maps_y:
                 for leaf, value in self.tangents(alone, self._as_tangent(atom.source), mode).items():
-                    moved = atom.map.apply(value, atom.source.axes, rank_x)
-                    out.setdefault(leaf, Total()).add(moved, after(d, rank_x))
-        shape = extents(x.axes) if diagonal else extents(x.axes) + extents(y.axes)
+                    shifted = moved_right(value, atom, mode, x.axes)
+                    out.setdefault(leaf, Total()).add(shifted, right(d, mode, y.axes, x.axes))
+        shape = shape_of(mode, x.axes, y.axes)
         found = {leaf: total.full(shape) for leaf, total in out.items()}
         return {leaf: value for leaf, value in found.items() if value is not None}
 
     def _split(self, x: Tangent) -> tuple[list, list[tuple[Lin, Any]]]:
         """Parts whose tangent atoms are Gaussian, and maps of tangents that carry coefficients of their own."""
 
-        def split(x: Tangent, _):
+        def split(x: Tangent, *_):
             plain, maps = [], []
             for c, g in x.parts:
                 kept = [(atom, k) for atom, k in g.terms if not carries(atom)]
@@ -354,83 +449,142 @@ class Moments:
                     plain.append((c, Sum(g.axes, tuple(kept))))
             return plain, maps
 
-        return self._remember("split diagonal", x, x, split)
+        return self._remember("split", SAME, x, x, split)
 
     def _part(self, x: Tangent, part) -> Tangent:
         """One part of a tangent, as one object for each part."""
-        return self._remember("part diagonal", x, part[1], lambda x, _: Tangent(x.axes, (part,)))
+        return self._remember("part", SAME, x, part[1], lambda x, *_: Tangent(x.axes, (part,)))
 
-    def _coefficients(self, c: Sum | None, d: Sum | None, rank_x: int, rank_y: int, diagonal: bool):
+    def _coefficients(self, c: Sum | None, d: Sum | None, x: Tangent, y: Tangent, mode: Mode):
         if c is None and d is None:
             return 1.0
         if c is not None and d is not None:
-            return self.diagonal(c, d) if diagonal else self.pair(c, d)
-        mean = self.mean_of(c if c is not None else d)  # type: ignore[arg-type]
-        if mean is None or diagonal:
-            return mean
-        return before(mean, rank_y) if c is not None else after(mean, rank_x)
+            return self.moment(c, d, mode)
+        if c is not None:
+            return left(self.sides[0].mean_of(c), len(y.axes))
+        assert d is not None
+        return right(self.sides[1].mean_of(d), mode, y.axes, x.axes)
 
-    def _dots(self, g: Sum, h: Sum, mode: str) -> Leaves:
+    def _dots(self, g: Sum, h: Sum, mode: Mode) -> Leaves:
         out: dict[str, Total] = {}
-        diagonal = mode == "diagonal"
-        rank_x, rank_y = (0, 0) if diagonal else (len(g.axes), len(h.axes))
         for a, c in g.terms:
             for b, d in h.terms:
+                if _unrelated(a, b):
+                    continue
                 for leaf, value in self.dot_atoms(a, b, mode).items():
-                    out.setdefault(leaf, Total()).add(value, before(c, rank_y), after(d, rank_x))
-        shape = extents(g.axes) if diagonal else extents(g.axes) + extents(h.axes)
+                    coefficients = left(c, len(h.axes)), right(d, mode, h.axes, g.axes)
+                    out.setdefault(leaf, Total()).add(value, *coefficients)
+        shape = shape_of(mode, g.axes, h.axes)
         return {leaf: total.full(shape) for leaf, total in out.items()}
 
-    def dot_atoms(self, a: Atom, b: Atom, mode: str) -> Leaves:
+    def dot_atoms(self, a: Atom, b: Atom, mode: Mode) -> Leaves:
         """Moments of two tangent atoms, by weight leaf."""
-        return self._remember("dots " + mode, a, b, lambda a, b: self._dot_atoms(a, b, mode))
+        return self._remember("dots", self._mode(mode, a.axes, b.axes), a, b, self._dot_atoms)
 
-    def _dot_atoms(self, a: Atom, b: Atom, mode: str) -> Leaves:
-        diagonal = mode == "diagonal"
+    def _dot_atoms(self, a: Atom, b: Atom, mode: Mode) -> Leaves:
         if isinstance(a, Lin) or isinstance(b, Lin):
             return self._dot_maps(a, b, mode)
-        assert isinstance(a, Base) and isinstance(b, Base)
-        if not related(a, b):
+        assert isinstance(a, (Base, Taps)) and isinstance(b, (Base, Taps))
+        if (isinstance(a, Taps) or isinstance(b, Taps)) and not _same_taps(a, b):
+            out: dict[str, Total] = {}
+            for p in _taps(a):
+                for q in _taps(b):
+                    for leaf, value in ({} if _unrelated(p, q) else self.dot_atoms(p, q, mode)).items():
+                        out.setdefault(leaf, Total()).add(value)
+            return {leaf: total.full(shape_of(mode, a.axes, b.axes)) for leaf, total in out.items()}
+        first, other = _taps(a)[0], _taps(b)[0]
+        if not related(first, other):
             return {}
-        if not a.view.tangent:
-            factor = self.leaves[a.view.leaf].variance * _channels(a)
-            inner = self.tangents(a.operand, b.operand, mode)
-            values = {leaf: sum_kept(v, a) if diagonal else sum_matching(v, a, b) for leaf, v in inner.items()}
-            return {leaf: scale(value, factor) for leaf, value in values.items()}
+        view = first.view
+        if not view.tangent:
+            factor = self.leaves[view.leaf].variance * _channels(first)
+            return {leaf: scale(value, factor) for leaf, value in self._through(a, b, mode).items()}
         # dW.x or db: one leaf of its own
-        leaf = INPUTS if a.view.leaf < 0 else self.leaves[a.view.leaf].name
-        if not diagonal and (leaf == INPUTS) != (mode == "inputs"):
+        leaf = INPUTS if view.leaf < 0 else self.leaves[view.leaf].name
+        if leaf == INPUTS and not self.own:
             return {}
-        if a.kind == "vector":
-            return {leaf: same_entry_diagonal(a, b) if diagonal else same_entry(a, b)}
-        if diagonal:
-            inner = self.diagonal(a.operand, b.operand)
-            value = None if inner is None else sum_kept(inner, a)
+        if first.kind == "vector":
+            value, factor = same_entry(first, other, mode), 1.0
         else:
-            value = self.contraction(a, b)
-        return {} if value is None else {leaf: scale(value, float(_channels(a)))}
+            value = self.patches(a, b, mode) if isinstance(a, Taps) else self.contraction(first, other, mode)
+            factor = float(_channels(first))
+        if self.eta is not None:
+            factor, leaf = factor * self.eta[leaf], EVERYTHING
+        return {} if value is None or factor == 0.0 else {leaf: scale(value, factor)}
 
-    def _dot_maps(self, a: Atom, b: Atom, mode: str) -> Leaves:
+    def _through(self, a: Base | Taps, b: Base | Taps, mode: Mode) -> Leaves:
+        """Tangents of the operands, contracted with the weights."""
+        if isinstance(a, Taps):
+            assert isinstance(b, Taps)
+            inner = self.tangents(self._as_tangent(a.source), self._as_tangent(b.source), mode)
+            return {leaf: self._convolved(value, a, b, mode) for leaf, value in inner.items()}
+        assert isinstance(b, Base)
+        if not mode.sites and not _parallel(a, b):
+            return self._taken(self._through, self._through, a, b, mode)
+        below = self._operand_mode(a, b, mode)
+        inner = self.tangents(a.operand, b.operand, below)
+        return {leaf: sum_matching(value, a, b, below) for leaf, value in inner.items()}
+
+    def _dot_maps(self, a: Atom, b: Atom, mode: Mode) -> Leaves:
         """Linear maps over positions, of Gaussian tangents or (both sides, in `_tangents`) of any."""
-        if mode == "diagonal":
-            for one, other in ((a, b), (b, a)):
-                if isinstance(one, Lin) and one.map.kind == "scale":
-                    inner = self.tangents(self._as_tangent(one.source), self._as_tangent(self._single(other)), mode)
-                    return {leaf: one.map.apply(value, one.source.axes) for leaf, value in inner.items()}
-            if isinstance(a, Lin) and isinstance(b, Lin) and a.map == b.map and a.map.local:
+        if not mode.sites and not (_is_scale(a) or _is_scale(b)):
+            if isinstance(a, Lin) and isinstance(b, Lin) and alike(a.map, b.map) and a.map.local:
                 inner = self.tangents(self._as_tangent(a.source), self._as_tangent(b.source), mode)
-                return {leaf: a.map.apply(value, a.source.axes) for leaf, value in inner.items()}
-            full = self.dot_atoms(a, b, "leaves") | self.dot_atoms(a, b, "inputs")
-            return {leaf: take_diagonal(value, len(a.axes)) for leaf, value in full.items()}
-        if isinstance(a, Lin):
+                return {leaf: moved(value, a, b, mode) for leaf, value in inner.items()}
+            return self._taken(self.dot_atoms, self._dot_maps, a, b, mode)
+        if isinstance(a, Lin) and (mode.sites or _is_scale(a)):
             inner = self.tangents(self._as_tangent(a.source), self._as_tangent(self._single(b)), mode)
             return {leaf: a.map.apply(value, a.source.axes) for leaf, value in inner.items()}
         assert isinstance(b, Lin)
         inner = self.tangents(self._as_tangent(self._single(a)), self._as_tangent(b.source), mode)
-        return {leaf: b.map.apply(value, b.source.axes, len(a.axes)) for leaf, value in inner.items()}
+        return {leaf: moved_right(value, b, mode, a.axes) for leaf, value in inner.items()}
 
 
 def _channels(a: Base) -> int:
     """How many channels a contraction sums over."""
     sizes = [a.operand.axes[i].size for i in a.contracted if a.operand.axes[i].channel]
     return math.prod(sizes)
+
+
+def _is_scale(a: Atom) -> bool:
+    return isinstance(a, Lin) and a.map.kind == "scale"
+
+
+def _taps(a: Atom) -> tuple[Base, ...]:
+    if isinstance(a, Taps):
+        return a.bases
+    assert isinstance(a, Base)
+    return (a,)
+
+
+def _same_taps(a: Atom, b: Atom) -> bool:
+    """Whether two convolutions have the same weights and windows, tap by tap."""
+    if not (isinstance(a, Taps) and isinstance(b, Taps)) or len(a.bases) != len(b.bases) or a.rows != b.rows:
+        return False
+    return (a.source is None) == (b.source is None) and all(map(related, a.bases, b.bases))
+
+
+def _unrelated(a: Atom, b: Atom) -> bool:
+    """Whether two atoms are Gaussians of different weights."""
+    if not isinstance(a, (Base, Taps)) or not isinstance(b, (Base, Taps)):
+        return False
+    return not any(related(p, q) for p in _taps(a) for q in _taps(b))
+
+
+def _corresponding(x: Axes, y: Axes) -> bool:
+    """Whether the axes of two bodies are the same, whatever the number of examples."""
+    return len(x) == len(y) and all(
+        p.example == q.example and (p.example or p.size == q.size) for p, q in zip(x, y, strict=True)
+    )
+
+
+def _parallel(a: Base, b: Base) -> bool:
+    """Whether two contractions treat the axes of their operands alike, so that same positions make same positions."""
+    alike = _corresponding(a.operand.axes, b.operand.axes) and a.order == b.order
+    return alike and contracted_positions(a) == contracted_positions(b) and _corresponding(a.axes, b.axes)
+
+
+def _bytes(value) -> int:
+    if isinstance(value, dict):
+        return sum(map(_bytes, value.values()))
+    return int(getattr(value, "nbytes", 0))

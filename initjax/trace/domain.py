@@ -18,7 +18,7 @@ import numpy as np
 
 from initjax.trace.expr import VARIABLE, Expr, added, literal, scaled
 from initjax.trace.jaxpr import is_traced
-from initjax.trace.maps import Axes, Axis, Box, Relayout, extents, xp_of
+from initjax.trace.maps import Axes, Axis, Box, Relayout, Window, extents, xp_of
 from initjax.trace.views import WeightView
 
 
@@ -73,6 +73,27 @@ class Base(Atom):
     def order(self) -> tuple[int, ...]:
         """For "dot": the axes of the operand that are kept, in order."""
         return tuple(a for a in range(len(self.operand.axes)) if a not in self.contracted)
+
+
+Windows = tuple[tuple[int, tuple[Window, ...]], ...]  # for each convolved axis its windows, in order
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Taps(Atom):
+    """The sum of the Gaussians that the taps of one convolution make; joined from `bases` after the walk.
+
+    rows : the windows that make each base's operand out of `source`; None where the operands are known arrays.
+    windows : the same as lists along the axes, of which the rows are all combinations.
+    """
+
+    number: int
+    axes: Axes
+    bases: tuple[Base, ...]
+    source: Any
+    rows: tuple[tuple[Window, ...], ...]
+    windows: Windows
+    tangent: bool = False
+    gaussian: bool = True
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from initjax.trace.domain import Atom, Base, Ew, Lin, Product, Sum, Tangent
+from initjax.trace.domain import Atom, Base, Ew, Lin, Product, Sum, Tangent, Taps
 
 
 def related(a: Base, b: Base) -> bool:
@@ -31,6 +31,8 @@ def sources(atom: Atom) -> list:
         return [atom.leaf]
     if isinstance(atom, Product):
         return [atom.left, atom.right]
+    if isinstance(atom, Taps):
+        return [] if atom.source is None else [atom.source]
     assert isinstance(atom, Lin)
     return [atom.source]
 
@@ -66,6 +68,8 @@ def bases_of(body: Sum) -> list[Base]:
         atom = stack.pop()
         if isinstance(atom, Base):
             found[atom.number] = atom
+        elif isinstance(atom, Taps):
+            found |= {base.number: base for base in atom.bases}
         else:
             stack += [a for part in sources(atom) for a, _ in part.terms]
     return list(found.values())

@@ -11,10 +11,11 @@ from initjax.trace.jaxpr import is_traced
 
 
 class Axis(NamedTuple):
-    """One axis of a field."""
+    """One axis of a field; `example`: it is known to run over independent examples, which no step mixes."""
 
     size: int
     channel: bool
+    example: bool = False
 
 
 Axes = tuple[Axis, ...]
@@ -96,13 +97,13 @@ class Relayout(NamedTuple):
             return tuple(a for i, a in enumerate(axes) if i not in self.parameters)
         if self.kind == "window":
             return tuple(
-                a if w is None else Axis(w.size, a.channel) for a, w in zip(axes, self.parameters, strict=True)
+                a if w is None else a._replace(size=w.size) for a, w in zip(axes, self.parameters, strict=True)
             )
         if self.kind == "matrix":
             at, box = self.parameters
             return tuple(Axis(box.value.shape[0], False) if i == at else a for i, a in enumerate(axes))
         return tuple(
-            Axis(len(range(*slice(*s).indices(a.size))), a.channel) for a, s in zip(axes, self.parameters, strict=True)
+            a._replace(size=len(range(*slice(*s).indices(a.size)))) for a, s in zip(axes, self.parameters, strict=True)
         )
 
     def apply(self, array, source: Axes, offset: int = 0):

@@ -1,0 +1,360 @@
+"""Kernels tile by tile: blocks of examples against blocks of examples, on all cores, within a budget of memory.
+
+A small tile stays in the processor's cache through all layers, where a whole matrix goes to main memory and back at
+every step. With one batch only the tiles on and below the diagonal are computed. How much memory a tile takes is found
+by computing one pair of examples and counting what is alive.
+"""
+
+import concurrent.futures
+import dataclasses
+import math
+import os
+from typing import Any
+
+import numpy as np
+
+from initjax.errors import InputError
+from initjax.infinite.blocks import Block, example_axes
+from initjax.infinite.modes import SAME
+from initjax.infinite.moments import Moments
+from initjax.memory import budget, readable
+from initjax.trace.domain import Base, Ew, Sum, Tangent, Taps
+from initjax.trace.graph import reachable
+from initjax.trace.jaxpr import is_traced
+from initjax.trace.maps import Axes, extents, xp_of
+from initjax.trace.walk import INPUTS, Walked
+
+_TILE = 1 << 19  # bytes of the largest array of a tile: a few of them stay in the second-level cache
+_FEW = 128  # positions of all examples up to which a batch is one tile, and nothing need be counted
+_SCRATCH = 4  # arrays of that size that are alive, beside what is remembered, while one moment is computed
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """A block of one batch: its bodies, and its moments with itself."""
+
+    output: Sum
+    tangent: Any
+    layers: dict[str, Sum]
+    tangents: dict[str, Tangent]
+    own: Moments
+    rows: slice
+
+    @property
+    def count(self) -> int:
+        return self.rows.stop - self.rows.start
+
+
+class Batch:
+    """One walk, from which blocks of examples are cut. `at` is None where they cannot be told apart."""
+
+    def __init__(self, walked: Walked, leaves, get):
+        self.leaves, self.n = leaves, walked.output.shape[0]
+        self._tangent = [walked.tangent.body] if walked.tangent is not None and {"ntk", "leaves"} & set(get) else []
+        self._layers = walked.layers if "layers" in get else {}
+        self._tangents = walked.tangents if "layers" in get and self._tangent else {}
+        self.bodies = [walked.output.body, *self._tangent, *self._layers.values(), *self._tangents.values()]
+        outputs = 1 + len(self._tangent)
+        self.at = example_axes(self.bodies[:outputs], self.bodies[outputs:])
+
+    def side(self, start: int, stop: int) -> Side:
+        """The block, with the same-example moments that its tiles and its layers' statistics will ask for."""
+        moved = Block(self.at, start, stop).bodies(self.bodies)
+        made = iter(moved)
+        output, tangent = next(made), next(made) if self._tangent else None
+        layers, tangents = ({name: next(made) for name in group} for group in (self._layers, self._tangents))
+        own = Moments(self.leaves)
+        asked = [*layers.values(), *tangents.values()] + ([tangent] if layers and tangent is not None else [])
+        asked += [atom.leaf for atom in reachable(moved) if isinstance(atom, Ew)]
+        if asked:
+            own.run(asked, asked)
+        return Side(output, tangent, layers, tangents, own, slice(start, stop))
+
+
+def evaluate(first: Walked, second: Walked | None, leaves, eta, get, memory, dtype, traced: bool) -> dict[str, Any]:
+    """The parts of a kernel that `get` names, and the statistics of its layers.
+
+    Returns "nngp" and "ntk" (n1, n2); "leaves", leaf -> (n1, n2); "layers", name -> "q" (n1,), "q2" (n2,),
+    "correlation" (n1, n2), "slope" and "gradient" (n1,) or None.
+    """
+    one = Batch(first, leaves, get)
+    two = one if second is None else Batch(second, leaves, get)
+    if one.at is None or two.at is None:
+        one.at = two.at = None
+    out = _Parts(one, two, leaves, eta, get, dtype)
+    block, workers = max(one.n, two.n, 1), 1
+    if not traced:
+        block, workers = _plan(out, memory)
+    with _pool(workers) as run:
+        ours = list(run(lambda start: one.side(start, min(start + block, one.n)), range(0, one.n, block)))
+        theirs = ours
+        if two is not one:
+            theirs = list(run(lambda start: two.side(start, min(start + block, two.n)), range(0, two.n, block)))
+        tiles = [(a, b) for i, a in enumerate(ours) for b in (ours[: i + 1] if two is one else theirs)]
+        out.statistics(ours, theirs)
+        if traced or len(tiles) == 1:
+            return out.whole(*tiles[0])
+        out.allocate()
+        for _ in run(lambda pair: out.put(*pair), tiles):
+            pass
+    return out.result
+
+
+class _Parts:
+    """The results of one call, filled tile by tile."""
+
+    def __init__(self, one: Batch, two: Batch, leaves, eta, get, dtype):
+        self.one, self.two, self.leaves, self.eta, self.get, self.dtype = one, two, leaves, eta, get, dtype
+        self.same = one is two
+        self.result: dict[str, Any] = {}
+        self._q: dict[str, tuple] = {}
+
+    @property
+    def count(self) -> int:
+        """Matrices (n1, n2) in the result."""
+        layers = len(self.one._layers)
+        return ("nngp" in self.get) + ("ntk" in self.get) + layers + ("leaves" in self.get) * len(self.leaves)
+
+    def moments(self, a: Side, b: Side) -> Moments:
+        moments = Moments(self.leaves, (a.own, b.own), None if "leaves" in self.get else self.eta)
+        sides = [
+            [
+                *([s.output] if "nngp" in self.get else []),
+                *([] if s.tangent is None else [s.tangent]),
+                *s.layers.values(),
+            ]
+            for s in (a, b)
+        ]
+        moments.run(*sides)
+        return moments
+
+    def tile(self, a: Side, b: Side) -> dict[str, Any]:
+        """The same parts for two blocks; None where zero by structure."""
+        moments = self.moments(a, b)
+        out: dict[Any, Any] = {}
+        axes = a.output.axes, b.output.axes, a.count, b.count
+        if "nngp" in self.get:
+            out["nngp"] = _by_examples(moments.moment(a.output, b.output, moments.top(axes[0])), *axes)
+        if a.tangent is not None and b.tangent is not None:
+            found = moments.tangents(a.tangent, b.tangent, moments.top(axes[0]))
+            found: dict[str, Any] = {leaf: _by_examples(value, *axes) for leaf, value in found.items()}
+            if "leaves" in self.get:
+                out |= {("leaves", leaf): value for leaf, value in found.items()}
+                found = {
+                    leaf: value if self.eta[leaf] == 1.0 else self.eta[leaf] * value for leaf, value in found.items()
+                }
+            if "ntk" in self.get and found:
+                first, *rest = found.values()
+                out["ntk"] = sum(rest, first)
+        for name, u in a.layers.items():
+            v = b.layers[name]
+            value = _by_examples(moments.moment(u, v, moments.top(u.axes)), u.axes, v.axes, a.count, b.count)
+            out["layers", name] = self._correlation(name, value, a, b)
+        return out
+
+    def _correlation(self, name: str, cov, a: Side, b: Side):
+        q1, q2 = self._q[name]
+        q1, q2 = q1[a.rows], q2[b.rows]
+        xp = xp_of(cov, q1, q2)
+        norm = xp.sqrt(q1)[:, None] * xp.sqrt(q2)[None, :]
+        value = ratio(np.zeros((1, 1)) if cov is None else cov, norm)
+        return xp.where(np.eye(q1.shape[0], dtype=bool) & (norm > 0), 1.0, value) if a is b else value
+
+    def statistics(self, ours: list[Side], theirs: list[Side]) -> None:
+        """Per-layer numbers of single examples."""
+        if "layers" not in self.get:
+            return
+        self.result["layers"] = {}
+        kernels = _single_uses(ours[0], self.leaves)
+        for name in ours[0].layers:
+            q = _joined([_layer_variance(side, name) for side in ours])
+            q2 = q if theirs is ours else _joined([_layer_variance(side, name) for side in theirs])
+            self._q[name] = (q, q2)
+            slope = gradient = None
+            if name in ours[0].tangents:
+                slopes = [_slope(side, name) for side in ours]
+                slope = None if slopes[0] is None else _joined(slopes)
+            if name in kernels:
+                found = [_gradient(side, name, self.leaves) for side in ours]
+                gradient = None if found[0] is None else _joined(found)
+            self.result["layers"][name] = dict(q=q, slope=slope, gradient=gradient)
+
+    # ------------------------------------------------------------------ putting tiles together
+
+    def whole(self, a: Side, b: Side) -> dict[str, Any]:
+        """The result of the only tile."""
+        out, shape = self.tile(a, b), (self.one.n, self.two.n)
+        for key in self._keys():
+            value = out.get(key)
+            value = np.zeros(shape) if value is None else xp_of(value).broadcast_to(value, shape)
+            self._place(key, value if is_traced(value) else np.array(value, self.dtype))
+        return self.result
+
+    def allocate(self) -> None:
+        shape = (self.one.n, self.two.n)
+        for key in self._keys():
+            self._place(key, np.zeros(shape, self.dtype))
+
+    def put(self, a: Side, b: Side) -> None:
+        for key, value in self.tile(a, b).items():
+            target = self._at(key)
+            if value is None or target is None:
+                continue
+            target[a.rows, b.rows] = value
+            if self.same and a is not b:
+                target[b.rows, a.rows] = target[a.rows, b.rows].T
+
+    def _keys(self) -> list:
+        keys: list[Any] = [name for name in ("nngp", "ntk") if name in self.get]
+        keys += [("leaves", s.name) for s in self.leaves] if "leaves" in self.get else []
+        return keys + [("layers", name) for name in self.one._layers]
+
+    def _place(self, key, value) -> None:
+        if isinstance(key, str):
+            self.result[key] = value
+        elif key[0] == "leaves":
+            self.result.setdefault("leaves", {})[key[1]] = value
+        else:
+            self.result["layers"][key[1]]["correlation"] = value
+
+    def _at(self, key):
+        if isinstance(key, str):
+            return self.result.get(key)
+        if key[0] == "leaves":
+            return self.result["leaves"].get(key[1])
+        return self.result["layers"][key[1]]["correlation"]
+
+
+# ------------------------------------------------------------------ memory
+
+
+def _plan(out: _Parts, memory) -> tuple[int, int]:
+    """Examples of a block, and how many tiles are worked on at once."""
+    one, two = out.one, out.two
+    most = max(one.n, two.n, 1)
+    positions = max(math.prod(extents(atom.axes)) for atom in reachable(one.bodies + two.bodies))
+    if memory is None and positions <= _FEW:
+        return most, 1
+    memory = budget(memory)
+    results = out.count * one.n * two.n * np.dtype(out.dtype).itemsize
+    each = lone = small = 0
+    if one.at is not None and one.n and two.n:
+        a = one.side(0, 1)
+        b = a if two is one else two.side(0, 1)
+        pair = out.moments(a, b)
+        each = pair.peak + _SCRATCH * pair.largest
+        lone = max(s.own.peak + _SCRATCH * s.own.largest for s in (a, b))
+        small = one.n * a.own.small + (two.n * b.own.small if two is not one else 0)
+    fixed = results + small
+    if fixed + each + lone > memory:
+        raise InputError(
+            f"a budget of {readable(memory)} for the kernel of {one.n} x {two.n} examples",
+            f"at least {readable(1.01 * (fixed + each + lone))}",
+            f"the results take {readable(results)}, the moments of single examples {readable(small)}, and one pair of "
+            f"examples {readable(each + lone)} while it is computed",
+            'give more with memory=..., ask for less with get=("nngp", "ntk"), or call with fewer examples',
+        )
+    if not each:
+        return most, 1
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    block = max(1, min(most, math.isqrt(_TILE // max(pair.widest, 8))))
+    while workers * (block * block * each + block * lone) + fixed > memory and workers * block > 1:
+        workers, block = (workers - 1, block) if workers > 1 else (1, max(1, block // 2))
+    return _balanced(most, block), workers
+
+
+def _balanced(total: int, most: int) -> int:
+    return -(-total // -(-total // most))
+
+
+class _pool:
+    """Run a function over items, on several threads: NumPy and XLA let go of the interpreter while they compute."""
+
+    def __init__(self, workers: int):
+        self._pool = concurrent.futures.ThreadPoolExecutor(workers) if workers > 1 else None
+
+    def __enter__(self):
+        return map if self._pool is None else self._pool.map
+
+    def __exit__(self, *_):
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+# ------------------------------------------------------------------ from moments to numbers
+
+
+def _by_examples(value, x: Axes, y: Axes, n1: int, n2: int):
+    """(n1, n2) from a moment over positions: the mean over equal positions."""
+    if value is None:
+        return None
+    rank = len(x)
+    at = _example(x)
+    if at is None:
+        count = math.isqrt(value.size // max(n1 * n2, 1))
+        if count == 1:
+            return value.reshape(n1, n2)
+        return xp_of(value).einsum("apbp->ab", value.reshape(n1, count, n2, count)) / count
+    value = xp_of(value).moveaxis(value, (at, rank + at), (0, 2 * rank - 1)).reshape(n1, -1, n2)
+    return value[:, 0] if value.shape[1] == 1 else value.mean(axis=1)
+
+
+def _example(axes: Axes) -> int | None:
+    return next((i for i, a in enumerate(axes) if a.example), None)
+
+
+def _each(value, body, side: "Side"):
+    """(n,) from a same-position moment: the mean over positions."""
+    if value is None:
+        return np.zeros(side.count)
+    each: Any = side.own.flat(value, body.axes)
+    return xp_of(each).moveaxis(each, _example(body.axes) or 0, 0).reshape(side.count, -1).mean(axis=1)
+
+
+def _layer_variance(side: Side, name: str):
+    u = side.layers[name]
+    return _each(side.own.moment(u, u, SAME), u, side)
+
+
+def _slope(side: Side, name: str):
+    """E of the squared change of a layer's unit under unit perturbations of the input."""
+    u = side.tangents[name]
+    value = side.own.tangents(u, u, SAME).get(INPUTS)
+    return None if value is None else _each(value, u, side)
+
+
+def _single_uses(side: Side, leaves) -> dict[str, Base]:
+    """Layer -> its weight's tangent, for weights used once, at one position an example."""
+    found: dict[str, list[Base]] = {}
+    for atom in reachable([side.tangent]) if side.tangent is not None else ():
+        for base in atom.bases if isinstance(atom, Taps) else [atom] if isinstance(atom, Base) else ():
+            if base.view.tangent and base.kind == "dot" and base.view.leaf >= 0:
+                found.setdefault(base.layer, []).append(base)
+    once = {layer: uses[0] for layer, uses in found.items() if len(uses) == 1}
+    return {
+        layer: atom
+        for layer, atom in once.items()
+        if math.prod(a.size for a in atom.axes if not a.channel) == side.count
+    }
+
+
+def _gradient(side: Side, name: str, leaves):
+    """E|dy/du|^2: the weight's part of the NTK over the squared norm of its input."""
+    atom = _single_uses(side, leaves)[name]
+    leaf = leaves[atom.view.leaf].name
+    norm = side.own.dot_atoms(atom, atom, SAME).get(leaf)
+    value = side.own.tangents(side.tangent, side.tangent, SAME).get(leaf)
+    if norm is None or value is None:
+        return None
+    return ratio(_each(value, side.tangent, side), _each(norm, atom, side))
+
+
+def _joined(parts: list):
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def ratio(above, below):
+    """above / below, NaN where below is zero."""
+    xp = xp_of(above, below)
+    positive = xp.asarray(below) > 0
+    return xp.where(positive, above / xp.where(positive, below, 1.0), xp.nan)
