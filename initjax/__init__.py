@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from initjax.errors import NotElementwiseError as NotElementwiseError
     from initjax.errors import QuadratureError as QuadratureError
     from initjax.errors import UnnormalisedInputsWarning as UnnormalisedInputsWarning
+    from initjax.errors import UnreliableExpansionWarning as UnreliableExpansionWarning
     from initjax.errors import UnstableCriticalPointWarning as UnstableCriticalPointWarning
     from initjax.errors import UnsupportedLayerError as UnsupportedLayerError
     from initjax.gaussian import Activation as Activation
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from initjax.inspection import Inspection as Inspection
     from initjax.inspection import inspect as inspect
     from initjax.meanfield import CriticalPoint as CriticalPoint
+    from initjax.meanfield import FiniteWidth as FiniteWidth
     from initjax.meanfield import FixedPoint as FixedPoint
     from initjax.meanfield import Inputs as Inputs
     from initjax.meanfield import PhaseDiagram as PhaseDiagram
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from initjax.meanfield import VarianceRoots as VarianceRoots
     from initjax.meanfield import critical as critical
     from initjax.meanfield import critical_points as critical_points
+    from initjax.meanfield import finite_width as finite_width
     from initjax.meanfield import fixed_point as fixed_point
     from initjax.meanfield import inputs as inputs
     from initjax.meanfield import phase_diagram as phase_diagram
@@ -65,6 +68,7 @@ _HOME = {
     "NotElementwiseError": "errors",
     "QuadratureError": "errors",
     "UnnormalisedInputsWarning": "errors",
+    "UnreliableExpansionWarning": "errors",
     "UnstableCriticalPointWarning": "errors",
     "UnsupportedLayerError": "errors",
     "Activation": "gaussian",
@@ -74,6 +78,7 @@ _HOME = {
     "Inspection": "inspection",
     "inspect": "inspection",
     "CriticalPoint": "meanfield",
+    "FiniteWidth": "meanfield",
     "FixedPoint": "meanfield",
     "Inputs": "meanfield",
     "PhaseDiagram": "meanfield",
@@ -82,6 +87,7 @@ _HOME = {
     "Universality": "meanfield",
     "critical": "meanfield",
     "critical_points": "meanfield",
+    "finite_width": "meanfield",
     "fixed_point": "meanfield",
     "inputs": "meanfield",
     "phase_diagram": "meanfield",

@@ -59,6 +59,10 @@ class UnstableCriticalPointWarning(UserWarning):
     """The returned point has chi_1 = 1, but the variance map leaves it (chi_q > 1)."""
 
 
+class UnreliableExpansionWarning(UserWarning):
+    """First order in 1/width is no estimate here: the network is too deep for its width, or near bistability."""
+
+
 class UnnormalisedInputsWarning(UserWarning):
     """The inputs are far from second moment 1, or differ widely in it; `quantity` and `value` carry the number."""
 
