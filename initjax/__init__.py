@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from initjax import gaussian as gaussian
     from initjax import initializers as initializers
     from initjax import layers as layers
+    from initjax import rules as rules
     from initjax.empirical import empirical_ntk as empirical_ntk
     from initjax.empirical import measure as measure
     from initjax.empirical import ntk_operator as ntk_operator
@@ -44,6 +45,12 @@ if TYPE_CHECKING:
     from initjax.meanfield import propagate as propagate
     from initjax.meanfield import universality as universality
     from initjax.meanfield import variance_roots as variance_roots
+    from initjax.reinit import FanReport as FanReport
+    from initjax.reinit import Plan as Plan
+    from initjax.reinit import audit_fans as audit_fans
+    from initjax.reinit import labels as labels
+    from initjax.reinit import plan as plan
+    from initjax.reinit import reinitialize as reinitialize
     from initjax.spectrum import condition_number as condition_number
     from initjax.spectrum import effective_rank as effective_rank
     from initjax.spectrum import extreme_eigenvalues as extreme_eigenvalues
@@ -94,6 +101,13 @@ _HOME = {
     "propagate": "meanfield",
     "universality": "meanfield",
     "variance_roots": "meanfield",
+    "FanReport": "reinit",
+    "Plan": "reinit",
+    "audit_fans": "reinit",
+    "labels": "reinit",
+    "plan": "reinit",
+    "reinitialize": "reinit",
+    "rules": "rules",
     "condition_number": "spectrum",
     "effective_rank": "spectrum",
     "extreme_eigenvalues": "spectrum",
