@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from initjax import rules as rules
     from initjax.empirical import empirical_ntk as empirical_ntk
     from initjax.empirical import measure as measure
+    from initjax.empirical import monte_carlo_kernels as monte_carlo_kernels
     from initjax.empirical import ntk_operator as ntk_operator
     from initjax.errors import InputError as InputError
     from initjax.errors import NoCriticalPointError as NoCriticalPointError
@@ -118,6 +119,7 @@ _HOME = {
     "kernel_regression": "spectrum",
     "time_to_fit": "spectrum",
     "trajectory": "spectrum",
+    "monte_carlo_kernels": "empirical",
 }
 
 __all__ = sorted(_HOME)
