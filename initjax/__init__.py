@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from initjax import initializers as initializers
     from initjax import layers as layers
     from initjax import rules as rules
+    from initjax.empirical import compare_to_training as compare_to_training
     from initjax.empirical import empirical_ntk as empirical_ntk
     from initjax.empirical import measure as measure
     from initjax.empirical import monte_carlo_kernels as monte_carlo_kernels
@@ -120,6 +121,7 @@ _HOME = {
     "time_to_fit": "spectrum",
     "trajectory": "spectrum",
     "monte_carlo_kernels": "empirical",
+    "compare_to_training": "empirical",
 }
 
 __all__ = sorted(_HOME)
