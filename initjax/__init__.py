@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from initjax import initializers as initializers
     from initjax import layers as layers
     from initjax import rules as rules
-    from initjax.empirical import compare_to_training as compare_to_training
+    from initjax import shaping as shaping
     from initjax.empirical import empirical_ntk as empirical_ntk
     from initjax.empirical import measure as measure
     from initjax.empirical import monte_carlo_kernels as monte_carlo_kernels
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from initjax.errors import NoCriticalPointError as NoCriticalPointError
     from initjax.errors import NotElementwiseError as NotElementwiseError
     from initjax.errors import QuadratureError as QuadratureError
+    from initjax.errors import UnattainableTargetError as UnattainableTargetError
     from initjax.errors import UnnormalisedInputsWarning as UnnormalisedInputsWarning
     from initjax.errors import UnreliableExpansionWarning as UnreliableExpansionWarning
     from initjax.errors import UnstableCriticalPointWarning as UnstableCriticalPointWarning
@@ -69,6 +70,7 @@ _HOME = {
     "gaussian": "gaussian",
     "initializers": "initializers",
     "layers": "layers",
+    "shaping": "shaping",
     "empirical_ntk": "empirical",
     "measure": "empirical",
     "ntk_operator": "empirical",
@@ -76,6 +78,7 @@ _HOME = {
     "NoCriticalPointError": "errors",
     "NotElementwiseError": "errors",
     "QuadratureError": "errors",
+    "UnattainableTargetError": "errors",
     "UnnormalisedInputsWarning": "errors",
     "UnreliableExpansionWarning": "errors",
     "UnstableCriticalPointWarning": "errors",
@@ -121,7 +124,6 @@ _HOME = {
     "time_to_fit": "spectrum",
     "trajectory": "spectrum",
     "monte_carlo_kernels": "empirical",
-    "compare_to_training": "empirical",
 }
 
 __all__ = sorted(_HOME)
