@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from initjax import layers as layers
     from initjax import rules as rules
     from initjax import shaping as shaping
+    from initjax.empirical import compare_to_training as compare_to_training
     from initjax.empirical import empirical_ntk as empirical_ntk
     from initjax.empirical import measure as measure
     from initjax.empirical import monte_carlo_kernels as monte_carlo_kernels
@@ -124,6 +125,7 @@ _HOME = {
     "time_to_fit": "spectrum",
     "trajectory": "spectrum",
     "monte_carlo_kernels": "empirical",
+    "compare_to_training": "empirical",
 }
 
 __all__ = sorted(_HOME)

@@ -87,7 +87,8 @@ def monte_carlo_kernels(
     >>> import jax, jax.numpy as jnp
     >>> from flax import linen as nn
     >>> import initjax as ij
-    >>> model = nn.Sequential([nn.Dense(512), nn.relu, nn.Dense(1)])
+    >>> normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+    >>> model = nn.Sequential([nn.Dense(512, kernel_init=normal), nn.relu, nn.Dense(1, kernel_init=normal)])
     >>> x = jnp.eye(3) * 3**0.5
     >>> found = ij.monte_carlo_kernels(model, x, key=jax.random.key(0), draws=100)
     >>> exact = ij.kernel_fn(model, x)(x)
@@ -106,6 +107,7 @@ def monte_carlo_kernels(
             "a standard error needs a spread",
             "64 draws give the NTK of a wide network to a few percent",
         )
+    draws = int(draws)
     sizes = [examples(x, name) for x, name in ((x1, "x1"), (x2, "x2")) if x is not None]
     x1, x2 = (None if x is None else jax.tree.map(jnp.asarray, x) for x in (x1, x2))
     functional = as_functional(model, x1, apply_kwargs=apply_kwargs, rngs=rngs)
@@ -160,7 +162,7 @@ def monte_carlo_kernels(
     for other in samples[1:]:
         total = total.merged(other)
     (nngp, ntk), (nngp_error, ntk_error) = total.mean, total.standard_error()
-    return KernelEstimate(nngp, nngp_error, ntk, ntk_error, int(draws))
+    return KernelEstimate(nngp, nngp_error, ntk, ntk_error, draws)
 
 
 @dataclasses.dataclass
