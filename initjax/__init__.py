@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from initjax.meanfield import FiniteWidth as FiniteWidth
     from initjax.meanfield import FixedPoint as FixedPoint
     from initjax.meanfield import Inputs as Inputs
+    from initjax.meanfield import JacobianSpectrum as JacobianSpectrum
     from initjax.meanfield import PhaseDiagram as PhaseDiagram
     from initjax.meanfield import Trajectory as Trajectory
     from initjax.meanfield import Universality as Universality
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from initjax.meanfield import finite_width as finite_width
     from initjax.meanfield import fixed_point as fixed_point
     from initjax.meanfield import inputs as inputs
+    from initjax.meanfield import jacobian_spectrum as jacobian_spectrum
     from initjax.meanfield import phase_diagram as phase_diagram
     from initjax.meanfield import propagate as propagate
     from initjax.meanfield import universality as universality
@@ -94,6 +96,7 @@ _HOME = {
     "FiniteWidth": "meanfield",
     "FixedPoint": "meanfield",
     "Inputs": "meanfield",
+    "JacobianSpectrum": "meanfield",
     "PhaseDiagram": "meanfield",
     "Trajectory": "meanfield",
     "VarianceRoots": "meanfield",
@@ -103,6 +106,7 @@ _HOME = {
     "finite_width": "meanfield",
     "fixed_point": "meanfield",
     "inputs": "meanfield",
+    "jacobian_spectrum": "meanfield",
     "phase_diagram": "meanfield",
     "propagate": "meanfield",
     "universality": "meanfield",
