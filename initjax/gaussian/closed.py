@@ -17,6 +17,7 @@ import numpy as np
 
 from initjax.gaussian import powers
 from initjax.gaussian.activation import Activation
+from initjax.gaussian.angle import angle
 
 PI = np.pi
 
@@ -213,7 +214,15 @@ def _wave(at) -> list[tuple[str, tuple]]:
 
 
 def _theta(xp, c, s):
-    return xp.arctan2(s, c)
+    return angle(xp, s, c)
+
+
+def _latitude(xp, y, x):
+    """arctan2(y, x) for x > 0."""
+    if xp is np:
+        return np.arctan2(y, x)
+    norm = xp.sqrt(x * x + y * y)
+    return PI / 2 - angle(xp, x / norm, y / norm)
 
 
 def _ramp(xp, p, r, q1, q2, c, s):
@@ -276,14 +285,14 @@ def _erf_dual(xp, p, r, q1, q2, c, s):
     x, y = 2 * p[0] ** 2 * q1, 2 * r[0] ** 2 * q2
     cross = 2 * p[0] * r[0] * c * xp.sqrt(q1) * xp.sqrt(q2)
     rest = xp.sqrt(1 + x + y + x * y * s * s)
-    return p[1] * r[1] * (2 / PI) * xp.arctan2(cross, rest) + p[2] * r[2] + 0 * rest
+    return p[1] * r[1] * (2 / PI) * _latitude(xp, cross, rest) + p[2] * r[2] + 0 * rest
 
 
 def _gelu_dual(xp, p, r, q1, q2, c, s):
     x, y = p[0] ** 2 * q1, r[0] ** 2 * q2
     k = p[0] * r[0] * c * xp.sqrt(q1) * xp.sqrt(q2)
     delta = 1 + x + y + x * y * s * s
-    quarter = 0.25 + xp.arctan2(k, xp.sqrt(delta)) / (2 * PI)
+    quarter = 0.25 + _latitude(xp, k, xp.sqrt(delta)) / (2 * PI)
     bracket = x * y * s * s + k * k * (1 / (1 + x) + 1 / (1 + y))
     return p[1] * r[1] * (k * quarter + bracket / (2 * PI * xp.sqrt(delta)))
 
@@ -292,7 +301,7 @@ def _gelu_prime_dual(xp, p, r, q1, q2, c, s):
     x, y = p[0] ** 2 * q1, r[0] ** 2 * q2
     k = p[0] * r[0] * c * xp.sqrt(q1) * xp.sqrt(q2)
     delta = 1 + x + y + x * y * s * s
-    quarter = 0.25 + xp.arctan2(k, xp.sqrt(delta)) / (2 * PI)
+    quarter = 0.25 + _latitude(xp, k, xp.sqrt(delta)) / (2 * PI)
     return p[1] * r[1] * (quarter + k / (2 * PI * xp.sqrt(delta)) * (1 / (1 + x) + 1 / (1 + y) + 1 / delta))
 
 

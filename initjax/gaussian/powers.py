@@ -15,6 +15,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from initjax.gaussian.angle import angle
+
 RECTIFIED = range(3, 9)  # orders 0, 1 and 2 are the families step, ramp and quadratic
 DEGREE = 12  # of the largest polynomial that is recognised
 _polynomial = np.polynomial.polynomial
@@ -53,7 +55,7 @@ def _horner(coefficients, x):
 def _rectified(n: int):
     def dual(xp, p, r, q1, q2, c, s):
         a, b = _arc_cosine(n)
-        theta = xp.arctan2(s, c)
+        theta = angle(xp, s, c)
         even_a, sine = _horner(a, c), s * _horner(b, c)
         sign = (-1) ** n  # A_n(-c) = sign A_n(c), B_n(-c) = -sign B_n(c)
         same = even_a * (np.pi - theta) + sine

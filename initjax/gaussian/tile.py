@@ -1,11 +1,14 @@
 """Several duals of one tile of a kernel: E[f(u) g(v)] for pairs (f, g) of functions of the same Gaussian pairs (u, v).
 
-A layer asks for E[phi phi] and E[phi' phi'] at once: the correlations, the angle of the arc-cosine kernels and the
-tables of Hermite coefficients are shared. A tile is small enough for the cache; the caller has one for each core.
+A layer asks for E[phi phi] and E[phi' phi'] at once: closed forms are fused into one pass over the tile, which shares
+correlations and angles; tables of Hermite coefficients are shared between tiles. A tile is small enough for the cache;
+the caller has one for each core.
 """
 
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,6 +20,8 @@ from initjax.gaussian.series import coefficients, series
 from initjax.trace.jaxpr import float64
 
 _SMALL = 4096  # entries up to which NumPy is faster than a compiled pass
+_NEAR, _RARE = 0.97, 0.02  # above this |c| are so few entries of a tile that they are summed on their own
+_CUT = 1e-15  # of what may be left out of a sum, relative to sqrt(E[f^2] E[g^2])
 _PAD = 128  # sides are padded to multiples, so that few shapes are compiled
 
 
@@ -28,49 +33,70 @@ def duals(pairs: list[tuple[Any, Any]], q1: np.ndarray, q2: np.ndarray, k: np.nd
     InputError, QuadratureError : as `cross`, which is also the accuracy.
     """
     acts = [(as_activation(f), as_activation(g)) for f, g in pairs]
-    c = k * _inverse_root(q1)
-    c *= _inverse_root(q2)
-    largest = max(float(c.max(initial=0.0)), -float(c.min(initial=0.0)))
-    if not (largest <= 1 + 1e-9 and np.all(q1 > 0) and np.all(q2 > 0)):
-        return [np.asarray(cross(f, g, q1, q2, k)) for f, g in acts]  # zero variances, or an error
-    if largest > 1 - SNAP:
-        ends = np.abs(c) > 1 - SNAP
-        c[ends] = np.sign(c[ends])
-    shared: Any = _Shared()
-    s: Any = None
-    out = []
-    for f, g in acts:
-        p, r = recognise(f), recognise(g)
-        value = None
-        if p is not None and r is not None and p.family == r.family:
-            s = np.sqrt((1 - c) * (1 + c)) if s is None else s
-            with np.errstate(over="ignore", invalid="ignore"):
-                value = np.asarray(FORMS[p.family](shared, p.parameters, r.parameters, q1, q2, c, s))
-        else:
-            value = _by_series(f, g, q1, q2, c)
-        if value is None or not np.isfinite(value.sum()):
-            value = np.asarray(cross(f, g, q1, q2, k))
-        out.append(value)
+    forms = [_closed_form(f, g) for f, g in acts]
+    if not (np.all(q1 > 0) and np.all(q2 > 0)):
+        return [np.asarray(cross(f, g, q1, q2, k)) for f, g in acts]
+    out: list[Any] = [None] * len(pairs)
+    closed = {i: form for i, form in enumerate(forms) if form is not None}
+    if closed and k.size > _SMALL:
+        families = tuple(form[0] for form in closed.values())
+        with float64():  # holds for one thread only
+            values, largest = _fused(families, [form[1:] for form in closed.values()], q1, q2, k)
+        if float(largest) <= 1 + 1e-9:
+            for i, value in zip(closed, values, strict=True):
+                out[i] = np.asarray(value)
+    rest = [i for i in range(len(pairs)) if out[i] is None and forms[i] is None]
+    if rest:
+        c = k * _inverse_root(q1)
+        c *= _inverse_root(q2)
+        largest = max(float(c.max(initial=0.0)), -float(c.min(initial=0.0)))
+        if largest <= 1 + 1e-9:
+            if largest > 1 - SNAP:
+                ends = np.abs(c) > 1 - SNAP
+                c[ends] = np.sign(c[ends])
+            for i in rest:
+                out[i] = _by_series(*acts[i], q1, q2, c)
+    for i, (f, g) in enumerate(acts):
+        if out[i] is None or not np.isfinite(out[i].sum()):
+            out[i] = np.asarray(cross(f, g, q1, q2, k))  # small, not resolved, or an error
     return out
 
 
-class _Shared:
-    """NumPy, with the last arctan2 remembered: all arc-cosine kernels of a tile are functions of one angle."""
+def _closed_form(f: Activation, g: Activation):
+    p, r = recognise(f), recognise(g)
+    if p is None or r is None or p.family != r.family:
+        return None
+    return p.family, np.asarray(p.parameters), np.asarray(r.parameters)
 
-    def __init__(self):
-        self._last: tuple = (None, None, None)
 
-    def __getattr__(self, name):
-        return getattr(np, name)
-
-    def arctan2(self, y, x):
-        if self._last[0] is not y or self._last[1] is not x:
-            self._last = (y, x, np.arctan2(y, x))
-        return self._last[2]
+@functools.partial(jax.jit, static_argnames=("families",))
+def _fused(families, parameters, q1, q2, k):
+    """Closed forms of several families in one pass, and the largest |correlation| met."""
+    raw = k / (jnp.sqrt(q1) * jnp.sqrt(q2))
+    size = jnp.abs(raw)
+    c = jnp.where(size > 1 - SNAP, jnp.sign(raw), raw)
+    s = jnp.sqrt((1 - c) * (1 + c))
+    forms = [FORMS[family](jnp, p, r, q1, q2, c, s) for family, (p, r) in zip(families, parameters, strict=True)]
+    return [jnp.broadcast_to(form, k.shape) for form in forms], jnp.max(size)
 
 
 def _inverse_root(q):
     return 1 / np.sqrt(np.where(q > 0, q, 1.0))
+
+
+_matmul = jax.jit(jnp.matmul)
+
+
+def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a @ b in float64, for use on several threads at once.
+
+    BLAS has threads of its own, which wait for each other by spinning: a product of a few microseconds took fifty
+    milliseconds where the cores were taken. Below its threshold BLAS is quiet; above, XLA shares its threads.
+    """
+    if a.size * b.shape[-1] <= 1 << 18:
+        return np.matmul(a, b)
+    with float64():
+        return np.asarray(_matmul(a, b))
 
 
 # ------------------------------------------------------------------ Mehler's series
@@ -90,11 +116,38 @@ def _by_series(f: Activation, g: Activation, q1, q2, c) -> np.ndarray | None:
     if left is None or right is None:
         return None
     a, b = _rows(left, q1, low, high), _rows(right, q2, low, high)
-    for odd in (0, 1):  # odd or even f: half the terms, in c^2
-        if np.abs(left[:, odd::2]).max() < 1e-16 * np.abs(left).max():
-            value = _horner(a[1 - odd :: 2], b[1 - odd :: 2], c * c)
-            return value if odd else c * value
-    return _horner(a, b, c)
+    weight = np.abs(a).reshape(len(a), -1).max(axis=1) * np.abs(b).reshape(len(b), -1).max(axis=1)
+    allowed = _CUT * float(np.sqrt((a * a).sum(axis=0).min() * (b * b).sum(axis=0).min()))
+    size = np.abs(c)
+    near = size > _NEAR
+    if np.count_nonzero(near) > _RARE * c.size:
+        return _summed(a, b, c, weight, float(size.max()), allowed)
+    # few pairs are nearly equal, and they alone need every term
+    out = _summed(a, b, c, weight, min(_NEAR, float(size.max(initial=0.0))), allowed)
+    if near.any():
+        where = np.nonzero(near)
+        rows, columns = ([i if n > 1 else 0 * i for i, n in zip(where, q.shape, strict=True)] for q in (q1, q2))
+        powers = c[near] ** np.arange(len(a))[:, None]
+        out = np.array(out)
+        out[near] = (a[:, *rows] * b[:, *columns] * powers).sum(axis=0)
+    return out
+
+
+def _summed(a, b, c, weight, largest: float, allowed: float) -> np.ndarray:
+    """sum_k a[k] b[k] c^k for |c| <= largest, even and odd powers apart, each as far as it reaches `allowed`.
+
+    weight : bounds of |a[k] b[k]|. silu, with all even powers but one odd, costs half of what its length says.
+    """
+    reach = weight * largest ** np.arange(len(weight))
+    square, out = c * c, None
+    for start in (0, 1):
+        tail = np.cumsum(reach[start::2][::-1])[::-1]
+        terms = int(np.count_nonzero(tail > allowed))
+        if terms:
+            part = _horner(a[start::2][:terms], b[start::2][:terms], square)
+            part = part * c if start else part
+            out = part if out is None else out + part
+    return np.zeros_like(c) if out is None else out
 
 
 def _table(act: Activation, low: int, high: int, at_least: int = 0) -> np.ndarray | None:
@@ -130,7 +183,7 @@ def _rows(table: np.ndarray, q: np.ndarray, low: int, high: int) -> np.ndarray:
     """Coefficients (K, *q.shape)."""
     nodes = np.cos(np.pi * (np.arange(len(table)) + 0.5) / len(table))
     place = (2 * np.log2(q.ravel()) - low - high) / max(high - low, 1)
-    return np.ascontiguousarray((_interpolation(nodes, place) @ table).T).reshape(-1, *q.shape)
+    return np.ascontiguousarray(product(_interpolation(nodes, place), table).T).reshape(-1, *q.shape)
 
 
 def _horner(a: np.ndarray, b: np.ndarray, x: np.ndarray) -> np.ndarray:

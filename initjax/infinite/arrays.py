@@ -3,10 +3,11 @@
 import math
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from initjax import gaussian
-from initjax.gaussian.tile import duals
+from initjax.gaussian.tile import duals, product
 from initjax.infinite.modes import PAIRS, Mode, left, right, shape_of
 from initjax.trace.domain import Base, Sum, Windows
 from initjax.trace.expr import VARIABLE, Expr, apply
@@ -95,21 +96,24 @@ def contract_constants(a: tuple[Base, ...], b: tuple[Base, ...], mode: Mode):
     apart = [i for i, axis in enumerate(axes_y) if mode.apart(axis)]
     if mode == PAIRS:
         x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-        return xp_of(x, y).matmul(x, y.T).reshape(shape_of(mode, axes_x, axes_y))
+        return _product(x, y.T).reshape(shape_of(mode, axes_x, axes_y))
     along = [i for i in range(len(axes_x)) if i not in apart]
     if not any(x.shape[i] > 1 for i in apart) and not any(y.shape[i] > 1 for i in apart):
         return (x * y).sum(axis=-1).reshape(shape_of(mode, axes_x, axes_y))
-    xp = xp_of(x, y)
     sizes = [tuple(array.shape[i] for i in apart) for array in (x, y)]
     common = tuple(x.shape[i] for i in along)
     stacks = [
         array.transpose(*along, *apart, len(axes_x)).reshape(math.prod(common), math.prod(size), -1)
         for array, size in zip((x, y), sizes, strict=True)
     ]
-    out = xp.matmul(stacks[0], stacks[1].swapaxes(1, 2)).reshape(common + sizes[0] + sizes[1])
+    out = _product(stacks[0], stacks[1].swapaxes(1, 2)).reshape(common + sizes[0] + sizes[1])
     count = len(axes_x)
     back = [int(i) for i in np.argsort([*along, *apart])]
     return out.transpose(*back, *range(count, out.ndim)).reshape(shape_of(mode, axes_x, axes_y))
+
+
+def _product(a, b):
+    return jnp.matmul(a, b) if is_traced(a, b) else product(a, b)
 
 
 def _patches(bases: tuple[Base, ...]):
@@ -149,9 +153,9 @@ def convolved(value, windows: Windows, x: Axes, y: Axes, mode: Mode):
 
 
 def same_entry(a: Base, b: Base, mode: Mode):
-    """1 where two views of one weight leaf show the same entry (channel by channel), else 0."""
+    """1 where two views of one weight leaf show the same entry (channel by channel), else 0; broadcasts to M[a, b]."""
     mine, yours = left(_entries(a), len(b.axes)), right(_entries(b), mode, b.axes, a.axes)
-    return np.broadcast_to((mine == yours).astype(np.float64), shape_of(mode, a.axes, b.axes))
+    return (mine == yours).astype(np.float64)
 
 
 def _entries(a: Base) -> np.ndarray:

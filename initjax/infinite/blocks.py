@@ -84,17 +84,20 @@ def _axis_before(atom: Atom, axis: int) -> int | None:
 class Block:
     """Translates the bodies of a walk to the examples start .. stop.
 
-    at : from `example_axes`; None: bodies stay on the whole batch.
+    at : from `example_axes`; None: bodies stay on the whole batch. inputs : whether perturbations of the input are
+    kept; they have a part in the layers' chi alone.
     """
 
-    def __init__(self, at: dict[int, int] | None, start: int = 0, stop: int = 0):
-        self._at, self._rows = at or {}, slice(start, stop)
-        self._made: dict[int, tuple] = {}
+    def __init__(self, at: dict[int, int] | None, start: int = 0, stop: int = 0, inputs: bool = True):
+        self._at, self._rows, self._inputs = at or {}, slice(start, stop), inputs
+        self._lost: dict[int, bool] = {}
+        self._made: dict[Any, tuple] = {}
         self._number = 0
 
     def bodies(self, old: list) -> list:
         for atom in reachable(old):  # oldest first, so that nothing below recurses far
-            self._atom(atom)
+            if not self._is_lost(atom):
+                self._atom(atom)
         return [self._body(body) for body in old]
 
     # ------------------------------------------------------------------ arrays and axes
@@ -108,7 +111,7 @@ class Block:
     def _array(self, value, axis: int | None):
         if axis is None or isinstance(value, float) or np.shape(value)[axis] == 1:
             return value
-        return value[(slice(None),) * axis + (self._rows,)]
+        return self._once(value, lambda: value[(slice(None),) * axis + (self._rows,)])
 
     def _box(self, box: Box, axis: int | None) -> Box:
         return self._once(box, lambda: Box(self._array(box.value, axis)))
@@ -126,22 +129,37 @@ class Block:
         return self._once(body, lambda: self._tangent(body) if isinstance(body, Tangent) else self._sum(body))
 
     def _tangent(self, body: Tangent) -> Tangent:
-        parts = tuple((self._body(c), self._body(g)) for c, g in body.parts)
+        parts = tuple((self._body(c), self._body(g)) for c, g in body.parts if not self._is_lost(g))
         return Tangent(self._axes(body.axes, self._at.get(id(body))), parts)
 
     def _sum(self, body: Sum) -> Sum:
         axis = self._at.get(id(body))
-        terms = [(self._atom(atom), self._array(c, axis)) for atom, c in body.terms]
+        terms = [(self._atom(atom), self._array(c, axis)) for atom, c in body.terms if not self._is_lost(atom)]
         axes = self._axes(body.axes, axis)
         return Sum(axes, tuple(self._joined(terms)), self._array(body.constant, axis))
+
+    def _is_lost(self, thing) -> bool:
+        """Whether a tangent is made of perturbations of the input alone, and these are left out."""
+        if self._inputs or isinstance(thing, Atom) and not thing.tangent:
+            return False
+        if id(thing) not in self._lost:
+            if isinstance(thing, Tangent):
+                lost = all(self._is_lost(g) for _, g in thing.parts)
+            elif isinstance(thing, Sum):
+                lost = bool(thing.terms) and all(self._is_lost(atom) for atom, _ in thing.terms)
+            elif isinstance(thing, Base) and thing.view.tangent:
+                lost = thing.view.leaf < 0
+            else:
+                lost = all(self._is_lost(body) for body in sources(thing))
+            self._lost[id(thing)] = lost
+        return self._lost[id(thing)]
 
     def _atom(self, atom: Atom) -> Any:
         return self._once(atom, lambda: self._translated(atom))
 
     def _translated(self, atom: Atom) -> Atom:
         axis = self._at.get(id(atom))
-        self._number += 1
-        new: dict[str, Any] = dict(number=self._number, axes=self._axes(atom.axes, axis))
+        new: dict[str, Any] = dict(axes=self._axes(atom.axes, axis))
         if isinstance(atom, Ew):
             new["leaf"] = self._body(atom.leaf)
         elif isinstance(atom, Product):
@@ -159,24 +177,46 @@ class Block:
             elif step.kind == "scale":
                 step = Relayout("scale", (self._box(step.parameters[0], axis),))
             new |= dict(map=step, source=self._body(atom.source))
-        return dataclasses.replace(atom, **new)  # type: ignore[type-var]
+        return dataclasses.replace(atom, number=self._next(), **new)  # type: ignore[type-var]
 
-    # ------------------------------------------------------------------ convolutions
+    def _next(self) -> int:
+        """Numbers grow from sources to what is made of them."""
+        self._number += 1
+        return self._number
+
+    # ------------------------------------------------------------------ atoms that belong together
 
     def _joined(self, terms: list) -> list:
-        """Terms with the taps of a convolution as one atom."""
+        """Terms with equal relayouts of several atoms as one relayout of their sum, and taps as one convolution."""
+        return self._with_taps(self._with_one_map(terms))
+
+    def _with_one_map(self, terms: list) -> list:
+        """The walk moves a reshape into every term of a sum; here it is one map again."""
+        groups: dict[Any, list] = {}
+        for atom, c in terms:
+            if isinstance(atom, Lin) and atom.map.commutes and isinstance(atom.source, Sum) and isinstance(c, float):
+                if is_zero(atom.source.constant) and all(isinstance(k, float) for _, k in atom.source.terms):
+                    groups.setdefault((atom.map, atom.source.axes, atom.axes, atom.tangent), []).append((atom, c))
+        out, done = [], set()
+        for (step, inner, axes, tangent), members in groups.items():
+            if len(members) < 2:
+                continue
+            key = ("lin", *((id(atom), c) for atom, c in members))
+            if key not in self._made:
+                parts = [(a, k * c) for atom, c in members for a, k in atom.source.terms]
+                source = Sum(inner, tuple(self._joined(parts)))
+                gaussian = all(atom.gaussian for atom, _ in members)
+                self._made[key] = (Lin(self._next(), axes, step, source, gaussian, tangent), members)
+            out.append((self._made[key][0], 1.0))
+            done |= {id(atom) for atom, _ in members}
+        return [(atom, c) for atom, c in terms if id(atom) not in done] + out
+
+    def _with_taps(self, terms: list) -> list:
         groups: dict[tuple, list] = {}
         for atom, c in terms:
             if isinstance(atom, Base) and atom.kind == "dot" and isinstance(c, float):
-                key = (
-                    atom.view.leaf,
-                    atom.view.tangent,
-                    atom.view.shape,
-                    atom.view.strides,
-                    atom.contracted,
-                    atom.axes,
-                    c,
-                )
+                view = atom.view
+                key = (view.leaf, view.tangent, view.shape, view.strides, atom.contracted, atom.axes, c)
                 groups.setdefault(key, []).append((atom, c))
         out, done = [], set()
         for members in groups.values():
@@ -186,10 +226,8 @@ class Block:
             bases = tuple(atom for atom, _ in members)
             key = ("taps", *map(id, bases))
             if key not in self._made:
-                self._number += 1
-                made = Taps(self._number, bases[0].axes, bases, *found, tangent=bases[0].tangent)
-                self._made[key] = (made, bases)  # type: ignore[index]
-            out.append((self._made[key][0], members[0][1]))  # type: ignore[index]
+                self._made[key] = (Taps(self._next(), bases[0].axes, bases, *found, tangent=bases[0].tangent), bases)
+            out.append((self._made[key][0], members[0][1]))
             done |= {id(atom) for atom in bases}
         return [(atom, c) for atom, c in terms if id(atom) not in done] + out
 

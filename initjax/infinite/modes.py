@@ -5,6 +5,7 @@ the others stand with x's (p' = p) and have size 1. Carrying same-position momen
 positions is what makes a flattened CNN cost N^2 P instead of N^2 P^2.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ def _partner(i: int, x: Axes, y: Axes) -> int:
     return next(j for j, a in enumerate(x) if a.example) if y[i].example else i
 
 
+@functools.lru_cache(maxsize=4096)
 def shape_of(mode: Mode, x: Axes, y: Axes) -> tuple[int, ...]:
     """The shape of M[x, y]."""
     head, tail = list(extents(x)), list(extents(y))

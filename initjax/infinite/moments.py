@@ -13,6 +13,7 @@ mixes positions. Sources: Lee et al. 2018 (arXiv:1711.00165), Jacot et al. 2018 
 (arXiv:1910.12478, 2006.14548); the tangent form is derived in the documentation.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -74,87 +75,45 @@ class Moments:
         self.same = self.sides[0] is self.sides[1]
         self.fine, self.coarse = (SAME, WITHIN) if self.own else (SITES, PAIRS)
         self.kept = SAME
+        self._first = self._second = Schedule([], SAME, WITHIN)
+        self.counting = False
         self.live = self.peak = self.largest = self.widest = self.small = (
             0  # bytes of what is remembered, for one position of each
         )
         self._memo: dict[tuple, Any] = {}
         self._wrapped: dict[int, Any] = {}
-        self._dies: dict[int, float] = {}
-        self._roots: set[int] = set()
         self._due: dict[float, list[tuple]] = {}
-        self._wanted: dict[int, set[Mode]] = {}
-        self._siblings: dict[tuple[int, int], list[tuple[Ew, Ew]]] = {}
 
     # ------------------------------------------------------------------ in order
 
-    def run(self, first: list, second: list) -> None:
-        """Compute the moments of all atoms behind these bodies, oldest first, and forget what is used up.
+    def run(self, first: "Schedule", second: "Schedule") -> None:
+        """Compute the moments of all atoms behind two sides' bodies, oldest first, and forget what is used up.
 
-        first, second : bodies on either side; what stands in them is kept. Going in order keeps the recursion shallow,
-        and at any time only a few layers' matrices are alive. Which sets of pairs will be asked for follows from the
-        bodies back to the inputs; a wrong guess costs memory, never a digit.
+        Going in order keeps the recursion shallow, and at any time only a few layers' matrices are alive.
         """
-        ours, theirs = reachable(first), reachable(second)
-        self.kept = SAME if self.own else self.top(first[0].axes)
-        for bodies, atoms in ((first, ours), (second, theirs)):
-            self._set_lifetimes(bodies, atoms)
-        if [type(a) for a in ours] != [type(b) for b in theirs]:
+        self.kept, self._first, self._second = first.kept, first, second
+        if first.types != second.types:
             return
-        asked = self._wanted = self._asked(first, ours)
-        for a, b in zip(ours, theirs, strict=True):
-            if isinstance(a, Ew) and isinstance(b, Ew):
-                self._siblings.setdefault((id(a.leaf), id(b.leaf)), []).append((a, b))
-        for a, b in zip(ours, theirs, strict=True):
-            for mode in sorted(asked.get(id(a), ())):
+        for a, b in zip(first.atoms, second.atoms, strict=True):
+            for mode in first.asked.get(id(a), ()):
                 if isinstance(a, Product):
                     continue
                 if not a.tangent:
                     self.atoms(a, b, mode)
-                elif not carries(a):
+                elif id(a) not in first.carrying:
                     self.dot_atoms(a, b, mode)
             for key in self._due.pop(a.number, ()):
                 self._forget(key)
 
-    def _asked(self, bodies: list, atoms: list[Atom]) -> dict[int, set[Mode]]:
-        asked: dict[int, set[Mode]] = {}
-
-        def ask(body, mode: Mode) -> None:
-            for thing in parts_of(body):
-                if isinstance(thing, Atom):
-                    asked.setdefault(id(thing), set()).add(self._mode(mode, thing.axes, thing.axes))
-
-        for body in bodies:
-            ask(body, self.kept)
-        for atom in reversed(atoms):
-            for mode in list(asked.get(id(atom), ())):
-                below = mode
-                if isinstance(atom, Base) and atom.kind == "dot":
-                    below = self._operand_mode(atom, atom, mode)
-                elif isinstance(atom, Lin) and not atom.map.local:
-                    below = self.coarse
-                for body in sources(atom):
-                    ask(body, below)
-        return asked
-
-    def top(self, axes: Axes) -> Mode:
-        """What is asked of results: all pairs of examples, at the same position where that can be told apart."""
-        return SITES if any(a.example for a in axes) else PAIRS
-
     def prepare(self, body) -> None:
         """Same-example moments of everything behind a body, oldest first, which keeps the recursion shallow."""
-        self.run([body], [body])
+        plan = Schedule([body], SAME, WITHIN)
+        self.run(plan, plan)
 
     def expectation(self, body: Sum):
         """E[body] at every position; None where zero by structure."""
         self.prepare(body)
         return self.mean_of(body)
-
-    def _set_lifetimes(self, bodies: list, atoms: list[Atom]) -> None:
-        for atom in atoms:
-            for body in sources(atom):
-                for thing in parts_of(body):
-                    self._dies[id(thing)] = max(self._dies.get(id(thing), 0), atom.number)
-        self._roots |= {id(thing) for body in bodies for thing in parts_of(body)}
 
     def _remember(self, kind, mode: Mode, x, y, compute):
         key = (kind, mode, id(x), id(y))
@@ -166,19 +125,28 @@ class Moments:
     def _store(self, key, value, x, y):
         """The bodies are kept with the value so that their ids stay theirs."""
         found = self._memo[key] = (value, x, y)
-        self.small += _bytes(value) if key[1] == SAME else 0
+        if self.counting:
+            self._count(key, value)
         if key[1] != SAME:  # those are small, and kept
-            self.live += _bytes(value)
-            self.peak, self.largest = max(self.peak, self.live), max(self.largest, _bytes(value))
-            self.widest = max(self.widest, 0 if isinstance(value, dict) else _bytes(value))
-            kept = id(x) in self._roots and id(y) in self._roots and key[1] == self.kept
-            due = float("inf") if kept else min(self._dies.get(id(thing), 0) for thing in (x, y))
+            due = float("inf")
+            if key[1] != self.kept or id(x) not in self._first.roots or id(y) not in self._second.roots:
+                due = min(self._first.dies.get(id(x), 0), self._second.dies.get(id(y), 0))
             self._due.setdefault(due, []).append(key)
         return found
 
     def _forget(self, key) -> None:
         found = self._memo.pop(key, None)
-        self.live -= _bytes(found[0]) if found else 0
+        if self.counting and found is not None:
+            self.live -= _bytes(found[0])
+
+    def _count(self, key, value) -> None:
+        size = _bytes(value)
+        if key[1] == SAME:
+            self.small += size
+            return
+        self.live += size
+        self.peak, self.largest = max(self.peak, self.live), max(self.largest, size)
+        self.widest = max(self.widest, 0 if isinstance(value, dict) else size)
 
     # ------------------------------------------------------------------ objects that stand for one thing
 
@@ -202,21 +170,9 @@ class Moments:
 
     # ------------------------------------------------------------------ sets of pairs
 
-    def _mode(self, mode: Mode, x: Axes, y: Axes) -> Mode:
-        """Without positions beside the examples all pairs are all pairs of examples."""
-        if not mode.sites or not _corresponding(x, y):
-            return mode
-        trivial = all(a.example or n == 1 for axes in (x, y) for a, n in zip(axes, extents(axes), strict=True))
-        return mode._replace(sites=False) if trivial else mode
-
-    def _operand_mode(self, a: Base, b: Base, mode: Mode) -> Mode:
-        """What a contraction asks of its operands: positions that are all contracted meet themselves alone."""
-        alone = mode.sites and all(n == 1 or c.example for c, n in zip(a.axes, extents(a.axes), strict=True))
-        return mode._replace(sites=False) if alone and _parallel(a, b) else mode
-
     def _taken(self, remembered, compute, a, b, mode: Mode) -> Any:
         """What `mode` asks for out of the coarse set of pairs; where that is no larger it is not remembered."""
-        larger = self._mode(self.coarse, a.axes, b.axes) == self.coarse
+        larger = canonical(self.coarse, a.axes, b.axes) == self.coarse
         value = (remembered if larger else compute)(a, b, self.coarse)
         if isinstance(value, dict):
             return {leaf: taken(v, a.axes, b.axes, self.coarse, mode) for leaf, v in value.items()}
@@ -226,7 +182,7 @@ class Moments:
 
     def moment(self, x: Sum, y: Sum, mode: Mode) -> Array | None:
         """M[x, y] at the pairs of positions of `mode`; None where it is zero by structure."""
-        return self._remember("sum", self._mode(mode, x.axes, y.axes), x, y, self._sum)
+        return self._remember("sum", canonical(mode, x.axes, y.axes), x, y, self._sum)
 
     def variance(self, u: Sum):
         """E[u(p)^2] over the positions of u; own moments only."""
@@ -259,7 +215,7 @@ class Moments:
 
     def atoms(self, a: Atom, b: Atom, mode: Mode) -> Array | None:
         """M of two primal atoms."""
-        return self._remember("atoms", self._mode(mode, a.axes, b.axes), a, b, self._atoms)
+        return self._remember("atoms", canonical(mode, a.axes, b.axes), a, b, self._atoms)
 
     def _atoms(self, a: Atom, b: Atom, mode: Mode):
         if isinstance(a, Lin) or isinstance(b, Lin):
@@ -291,7 +247,8 @@ class Moments:
         k = self.moment(u, v, mode)
         if mode == SAME:
             return cross(f, g, q1, q2, k)
-        members = [(a, b)] + [(p, q) for p, q in self._siblings.get((id(u), id(v)), ()) if self._waits(p, q, a, mode)]
+        siblings = zip(self._first.functions.get(id(u), ()), self._second.functions.get(id(v), ()), strict=False)
+        members = [(a, b)] + [(p, q) for p, q in siblings if self._waits(p, q, a, mode)]
         found = crosses([(self._leaf(p)[1], self._leaf(q)[1]) for p, q in members], q1, q2, k)
         for (p, q), value in zip(members[1:], found[1:], strict=True):
             self._store(("atoms", mode, id(p), id(q)), self._exact(value, p, q, mode), p, q)
@@ -299,9 +256,8 @@ class Moments:
 
     def _waits(self, p: Ew, q: Ew, current: Atom, mode: Mode) -> bool:
         """Whether the moment of two functions will be asked for, and is not known yet."""
-        return (
-            p is not current and mode in self._wanted.get(id(p), ()) and ("atoms", mode, id(p), id(q)) not in self._memo
-        )
+        known = p is current or ("atoms", mode, id(p), id(q)) in self._memo
+        return not known and mode in self._first.asked.get(id(p), ())
 
     def _exact(self, value, a: Atom, b: Atom, mode: Mode):
         if value is None:
@@ -378,16 +334,18 @@ class Moments:
         if not mode.sites and not _parallel(a, b):
             return self._taken(self.contraction, self.contraction, a, b, mode)
         if x.is_constant and y.is_constant:
-            return contract_constants((a,), (b,), mode)
-        below = self._operand_mode(a, b, mode)
+            kind = ("known", a.axes, a.contracted)
+            return self._remember(kind, mode, x.constant, y.constant, lambda *_: contract_constants((a,), (b,), mode))
+        below = operand_mode(a, b, mode)
         inner = self.moment(x, y, below)
         return None if inner is None else sum_matching(inner, a, b, below)
 
     def patches(self, a, b, mode: Mode):
         """The sum of the taps' contractions; the same for a convolution and for the tangents of its weights."""
         if a.source is None:
-            key = (a.bases[0].operand, b.bases[0].operand)
-            return self._remember("patches", mode, *key, lambda *_: contract_constants(a.bases, b.bases, mode))
+            key = (a.bases[0].operand.constant, b.bases[0].operand.constant)
+            kind = ("patches", a.axes)
+            return self._remember(kind, mode, *key, lambda *_: contract_constants(a.bases, b.bases, mode))
         kind = ("patches", a.windows, a.axes, a.bases[0].contracted)
         return self._remember(kind, mode, a.source, b.source, lambda *_: self._patches(a, b, mode))
 
@@ -403,7 +361,7 @@ class Moments:
 
     def tangents(self, x: Tangent, y: Tangent, mode: Mode) -> Leaves:
         """M[x, y] by weight leaf, without its eta; own moments also know perturbations of the input, under `INPUTS`."""
-        return self._remember("tangents", self._mode(mode, x.axes, y.axes), x, y, self._tangents)
+        return self._remember("tangents", canonical(mode, x.axes, y.axes), x, y, self._tangents)
 
     def _tangents(self, x: Tangent, y: Tangent, mode: Mode) -> Leaves:
         (plain_x, maps_x), (plain_y, maps_y) = self._split(x), self._split(y)
@@ -479,7 +437,7 @@ class Moments:
 
     def dot_atoms(self, a: Atom, b: Atom, mode: Mode) -> Leaves:
         """Moments of two tangent atoms, by weight leaf."""
-        return self._remember("dots", self._mode(mode, a.axes, b.axes), a, b, self._dot_atoms)
+        return self._remember("dots", canonical(mode, a.axes, b.axes), a, b, self._dot_atoms)
 
     def _dot_atoms(self, a: Atom, b: Atom, mode: Mode) -> Leaves:
         if isinstance(a, Lin) or isinstance(b, Lin):
@@ -521,7 +479,7 @@ class Moments:
         assert isinstance(b, Base)
         if not mode.sites and not _parallel(a, b):
             return self._taken(self._through, self._through, a, b, mode)
-        below = self._operand_mode(a, b, mode)
+        below = operand_mode(a, b, mode)
         inner = self.tangents(a.operand, b.operand, below)
         return {leaf: sum_matching(value, a, b, below) for leaf, value in inner.items()}
 
@@ -538,6 +496,66 @@ class Moments:
         assert isinstance(b, Lin)
         inner = self.tangents(self._as_tangent(self._single(a)), self._as_tangent(b.source), mode)
         return {leaf: moved_right(value, b, mode, a.axes) for leaf, value in inner.items()}
+
+
+class Schedule:
+    """The atoms behind one side's bodies, oldest first; in which modes they are asked for, and when they are used up.
+
+    What will be asked for follows from the bodies back to the inputs; a wrong guess costs memory, never a digit.
+
+    bodies : what results are read from. kept : in this mode. coarse : what a step that mixes positions asks for.
+    """
+
+    def __init__(self, bodies: list, kept: Mode, coarse: Mode):
+        self.kept, self.coarse = kept, coarse
+        self.atoms = reachable(bodies)
+        self.types = [type(a) for a in self.atoms]
+        self.roots = {id(thing) for body in bodies for thing in parts_of(body)}
+        self.carrying = {id(a) for a in self.atoms if a.tangent and carries(a)}
+        self.dies: dict[int, float] = {}
+        self.functions: dict[int, list[Ew]] = {}
+        self.asked: dict[int, set[Mode]] = {}
+        for atom in self.atoms:
+            if isinstance(atom, Ew):
+                self.functions.setdefault(id(atom.leaf), []).append(atom)
+        for atom in reversed(self.atoms):
+            # a map of tangents with coefficients has no moment of its own: what it is made of serves those who use it
+            end = self.dies.get(id(atom), float("inf")) if id(atom) in self.carrying else atom.number
+            for body in sources(atom):
+                known = [body.constant] if isinstance(body, Sum) else []
+                for thing in parts_of(body) + known:
+                    self.dies[id(thing)] = max(self.dies.get(id(thing), 0), end)
+        for body in bodies:
+            self._ask(body, kept)
+        for atom in reversed(self.atoms):
+            for mode in list(self.asked.get(id(atom), ())):
+                for body in sources(atom):
+                    self._ask(body, self._below(atom, mode))
+
+    def _below(self, atom: Atom, mode: Mode) -> Mode:
+        if isinstance(atom, Base) and atom.kind == "dot":
+            return operand_mode(atom, atom, mode)
+        return self.coarse if isinstance(atom, Lin) and not atom.map.local else mode
+
+    def _ask(self, body, mode: Mode) -> None:
+        for thing in parts_of(body):
+            if isinstance(thing, Atom):
+                self.asked.setdefault(id(thing), set()).add(canonical(mode, thing.axes, thing.axes))
+
+
+@functools.lru_cache(maxsize=4096)
+def canonical(mode: Mode, x: Axes, y: Axes) -> Mode:
+    """Without positions beside the examples all pairs are all pairs of examples."""
+    if not mode.sites or not _corresponding(x, y):
+        return mode
+    trivial = all(a.example or n == 1 for axes in (x, y) for a, n in zip(axes, extents(axes), strict=True))
+    return mode._replace(sites=False) if trivial else mode
+
+
+def operand_mode(a: Base, b: Base, mode: Mode) -> Mode:
+    """What a contraction asks of its operands: positions that are all contracted meet themselves alone."""
+    alone = mode.sites and all(n == 1 or c.example for c, n in zip(a.axes, extents(a.axes), strict=True))
+    return mode._replace(sites=False) if alone and _parallel(a, b) else mode
 
 
 def _channels(a: Base) -> int:
@@ -571,6 +589,7 @@ def _unrelated(a: Atom, b: Atom) -> bool:
     return not any(related(p, q) for p in _taps(a) for q in _taps(b))
 
 
+@functools.lru_cache(maxsize=4096)
 def _corresponding(x: Axes, y: Axes) -> bool:
     """Whether the axes of two bodies are the same, whatever the number of examples."""
     return len(x) == len(y) and all(

@@ -15,8 +15,8 @@ import numpy as np
 
 from initjax.errors import InputError
 from initjax.infinite.blocks import Block, example_axes
-from initjax.infinite.modes import SAME
-from initjax.infinite.moments import Moments
+from initjax.infinite.modes import PAIRS, SAME, SITES, WITHIN
+from initjax.infinite.moments import Moments, Schedule
 from initjax.memory import budget, readable
 from initjax.trace.domain import Base, Ew, Sum, Tangent, Taps
 from initjax.trace.graph import reachable
@@ -39,6 +39,7 @@ class Side:
     tangents: dict[str, Tangent]
     own: Moments
     rows: slice
+    plan: Schedule  # of its tiles
 
     @property
     def count(self) -> int:
@@ -50,6 +51,7 @@ class Batch:
 
     def __init__(self, walked: Walked, leaves, get):
         self.leaves, self.n = leaves, walked.output.shape[0]
+        self._nngp = "nngp" in get
         self._tangent = [walked.tangent.body] if walked.tangent is not None and {"ntk", "leaves"} & set(get) else []
         self._layers = walked.layers if "layers" in get else {}
         self._tangents = walked.tangents if "layers" in get and self._tangent else {}
@@ -57,18 +59,22 @@ class Batch:
         outputs = 1 + len(self._tangent)
         self.at = example_axes(self.bodies[:outputs], self.bodies[outputs:])
 
-    def side(self, start: int, stop: int) -> Side:
+    def side(self, start: int, stop: int, counting: bool = False) -> Side:
         """The block, with the same-example moments that its tiles and its layers' statistics will ask for."""
-        moved = Block(self.at, start, stop).bodies(self.bodies)
+        moved = Block(self.at, start, stop, bool(self._layers)).bodies(self.bodies)
         made = iter(moved)
         output, tangent = next(made), next(made) if self._tangent else None
         layers, tangents = ({name: next(made) for name in group} for group in (self._layers, self._tangents))
         own = Moments(self.leaves)
+        own.counting = counting
         asked = [*layers.values(), *tangents.values()] + ([tangent] if layers and tangent is not None else [])
         asked += [atom.leaf for atom in reachable(moved) if isinstance(atom, Ew)]
-        if asked:
-            own.run(asked, asked)
-        return Side(output, tangent, layers, tangents, own, slice(start, stop))
+        plan = Schedule(asked, SAME, WITHIN)
+        own.run(plan, plan)
+        roots = [output] if self._nngp else []
+        roots += ([] if tangent is None else [tangent]) + list(layers.values())
+        tiled = Schedule(roots, SITES if self.at is not None else PAIRS, PAIRS)
+        return Side(output, tangent, layers, tangents, own, slice(start, stop), tiled)
 
 
 def evaluate(first: Walked, second: Walked | None, leaves, eta, get, memory, dtype, traced: bool) -> dict[str, Any]:
@@ -115,17 +121,10 @@ class _Parts:
         layers = len(self.one._layers)
         return ("nngp" in self.get) + ("ntk" in self.get) + layers + ("leaves" in self.get) * len(self.leaves)
 
-    def moments(self, a: Side, b: Side) -> Moments:
+    def moments(self, a: Side, b: Side, counting: bool = False) -> Moments:
         moments = Moments(self.leaves, (a.own, b.own), None if "leaves" in self.get else self.eta)
-        sides = [
-            [
-                *([s.output] if "nngp" in self.get else []),
-                *([] if s.tangent is None else [s.tangent]),
-                *s.layers.values(),
-            ]
-            for s in (a, b)
-        ]
-        moments.run(*sides)
+        moments.counting = counting
+        moments.run(a.plan, b.plan)
         return moments
 
     def tile(self, a: Side, b: Side) -> dict[str, Any]:
@@ -134,9 +133,9 @@ class _Parts:
         out: dict[Any, Any] = {}
         axes = a.output.axes, b.output.axes, a.count, b.count
         if "nngp" in self.get:
-            out["nngp"] = _by_examples(moments.moment(a.output, b.output, moments.top(axes[0])), *axes)
+            out["nngp"] = _by_examples(moments.moment(a.output, b.output, a.plan.kept), *axes)
         if a.tangent is not None and b.tangent is not None:
-            found = moments.tangents(a.tangent, b.tangent, moments.top(axes[0]))
+            found = moments.tangents(a.tangent, b.tangent, a.plan.kept)
             found: dict[str, Any] = {leaf: _by_examples(value, *axes) for leaf, value in found.items()}
             if "leaves" in self.get:
                 out |= {("leaves", leaf): value for leaf, value in found.items()}
@@ -148,7 +147,7 @@ class _Parts:
                 out["ntk"] = sum(rest, first)
         for name, u in a.layers.items():
             v = b.layers[name]
-            value = _by_examples(moments.moment(u, v, moments.top(u.axes)), u.axes, v.axes, a.count, b.count)
+            value = _by_examples(moments.moment(u, v, a.plan.kept), u.axes, v.axes, a.count, b.count)
             out["layers", name] = self._correlation(name, value, a, b)
         return out
 
@@ -202,7 +201,7 @@ class _Parts:
                 continue
             target[a.rows, b.rows] = value
             if self.same and a is not b:
-                target[b.rows, a.rows] = target[a.rows, b.rows].T
+                target[b.rows, a.rows] = value.T
 
     def _keys(self) -> list:
         keys: list[Any] = [name for name in ("nngp", "ntk") if name in self.get]
@@ -239,9 +238,9 @@ def _plan(out: _Parts, memory) -> tuple[int, int]:
     results = out.count * one.n * two.n * np.dtype(out.dtype).itemsize
     each = lone = small = 0
     if one.at is not None and one.n and two.n:
-        a = one.side(0, 1)
-        b = a if two is one else two.side(0, 1)
-        pair = out.moments(a, b)
+        a = one.side(0, 1, True)
+        b = a if two is one else two.side(0, 1, True)
+        pair = out.moments(a, b, True)
         each = pair.peak + _SCRATCH * pair.largest
         lone = max(s.own.peak + _SCRATCH * s.own.largest for s in (a, b))
         small = one.n * a.own.small + (two.n * b.own.small if two is not one else 0)
