@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from initjax.commands import critical, demo, inspect, phase
+from initjax.commands import critical, demo, inspect, ntk, phase
 from initjax.errors import InputError
 
 
@@ -85,6 +85,7 @@ def main() -> None:
     initjax critical tanh --sigma-b 0.05     the weight scale on the edge of chaos
     initjax phase gelu --out figures         the map of ordered and chaotic initializations
     initjax inspect my.module:model          one report on a Flax model as you wrote it
+    initjax ntk my.module:model              its tangent kernel, the spectrum, stable learning rates
 
     Every command takes --json (infinities as the strings "Infinity", "-Infinity", "NaN") and --out DIR.
     """
@@ -93,4 +94,5 @@ def main() -> None:
 main.add_command(critical.command)
 main.add_command(demo.command)
 main.add_command(inspect.command)
+main.add_command(ntk.command)
 main.add_command(phase.command)

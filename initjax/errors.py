@@ -41,6 +41,20 @@ class NoCriticalPointError(InputError):
     """No sigma_w puts this activation on the edge of chaos at this sigma_b."""
 
 
+class UnattainableTargetError(InputError):
+    """A target that no transformation of this activation meets in this network.
+
+    The attribute `attainable` is the most that it reaches (nan where that is not known).
+    """
+
+    def __init__(self, given: str, accepted: str, why: str, remedy: str, attainable: float = float("nan")):
+        super().__init__(given, accepted, why, remedy)
+        self.attainable = attainable
+
+    def __reduce__(self):
+        return type(self), (*self.parts, self.attainable)
+
+
 class UnsupportedLayerError(InputError):
     """A layer that the exact infinite-width theory does not cover.
 
@@ -57,6 +71,10 @@ class UnsupportedLayerError(InputError):
 
 class UnstableCriticalPointWarning(UserWarning):
     """The returned point has chi_1 = 1, but the variance map leaves it (chi_q > 1)."""
+
+
+class UnreliableExpansionWarning(UserWarning):
+    """First order in 1/width is no estimate here: the network is too deep for its width, or near bistability."""
 
 
 class UnnormalisedInputsWarning(UserWarning):

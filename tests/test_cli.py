@@ -37,7 +37,8 @@ def answer(*arguments):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["critical", "--help"], ["phase", "--help"], ["inspect", "-h"], ["demo", "-h"]]
+    "arguments",
+    [["--help"], ["critical", "--help"], ["phase", "--help"], ["inspect", "-h"], ["demo", "-h"], ["ntk", "-h"]],
 )
 def test_help_does_not_import_jax(arguments):
     program = (
@@ -52,9 +53,9 @@ def test_help_does_not_import_jax(arguments):
     assert "Usage: initjax" in run.stdout
 
 
-def test_help_lists_the_four_commands():
+def test_help_lists_the_commands():
     text = invoke("--help").stdout
-    assert all(name in text for name in ("critical", "demo", "inspect", "phase"))
+    assert all(name in text for name in ("critical", "demo", "inspect", "ntk", "phase"))
 
 
 def test_critical_json_matches_the_library():
@@ -213,6 +214,35 @@ def test_inspect_json_joins_predicted_and_measured(user_module):
     data = answer("inspect", "my_networks:model", "--data", "digits", "--examples", "6", "--out", "report")
     assert [layer["name"] for layer in data["layers"]] == ["Dense_0", "Dense_1"]
     assert {path.rsplit("/")[-1] for path in data["files"]} >= {"inspect.json", "inspect.png"}
+
+
+def test_ntk_json_matches_the_library(user_module):
+    import numpy as np
+
+    import initjax as ij
+    from initjax.commands import lookup
+    from initjax.demo.data import load
+
+    arguments = ["ntk", "my_networks:model", "--data", "digits", "--examples", "6", "--draws", "2"]
+    data = answer(*arguments, "--out", "report")
+    assert {path.rsplit("/")[-1] for path in data["files"]} >= {"ntk.json", "ntk.png"}
+    x = load().x_train[:6]
+    exact = ij.kernel_fn(lookup.model("my_networks:model"), x)(x).ntk
+    limit = data["infinite_width"]
+    np.testing.assert_allclose(limit["condition_number"], ij.condition_number(exact), rtol=1e-9)
+    np.testing.assert_allclose(limit["max_learning_rate"], ij.max_learning_rate(exact, 6), rtol=1e-12)
+    # the slowest direction shrinks by 1 - (half the rate) lambda / n a step
+    factor = 1 - limit["max_learning_rate"] / 2 * limit["smallest_eigenvalue"] / 6
+    assert factor ** limit["steps_to_fit"] <= 0.01 < factor ** (limit["steps_to_fit"] - 1)
+    assert len(data["draws"]) == 2 and all(draw["regime"] == "dense" for draw in data["draws"])
+    assert data["draws"][0]["condition_number"] != data["draws"][1]["condition_number"]
+    from initjax.commands.ntk import _table
+
+    assert "infinite width" in [column.header for column in _table(data).columns]
+
+
+def test_ntk_refuses_what_is_no_model(user_module):
+    assert "did you mean model" in refused("ntk", "my_networks:modle")
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from oracles.jacobian import gram
 
 import initjax as ij
-import initjax.empirical.ntk as ntk_module
-from initjax.empirical.blocks import LIVE_COPIES, tiles
-from initjax.empirical.program import trace
-from initjax.empirical.taps import find_taps
+import initjax.empirical.features as features_module
+import initjax.empirical.job as job_module
+from initjax.empirical.blocks import as_bytes
 
 DTYPE = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
 X = jax.random.normal(jax.random.key(0), (5, 6), DTYPE)
@@ -53,17 +53,6 @@ class NnxMlp(nnx.Module):
 
     def __call__(self, x):
         return self.last(jax.nn.relu(self.first(x)))
-
-
-def gram(apply, params, x, keep=lambda name: True):
-    """All pairs of outputs, (n, n, k, k), from one dense Jacobian of the whole batch."""
-    jacobian = jax.jit(jax.jacrev(lambda p: apply(p, x)))(params)
-    kernel = 0.0
-    for path, leaf in jax.tree_util.tree_flatten_with_path(jacobian)[0]:
-        if keep(jax.tree_util.keystr(path, simple=True, separator="/")):
-            rows = np.asarray(leaf).reshape(*leaf.shape[:2], -1)
-            kernel = kernel + np.einsum("nop,mqp->nmoq", rows, rows)
-    return kernel
 
 
 def reduced(full, outputs):
@@ -109,87 +98,96 @@ class NnxApply:
         return nnx.merge(self.graph, state)(x)
 
 
+class Mixed(nn.Module):
+    """Two positions, so that gradients of the first layer may be formed; a gain; an output layer with one position."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = jnp.tanh(nn.Dense(4, param_dtype=DTYPE)(x.reshape(-1, 2, 3)))
+        x = x * self.param("scale", nn.initializers.ones, (4,), DTYPE)[None, None]
+        return nn.Dense(3, param_dtype=DTYPE)(x.reshape(-1, 8))
+
+
 @pytest.mark.parametrize(
-    ("method", "outputs", "memory"),
-    [("auto", outputs, memory) for outputs in ("trace", "full", "diagonal") for memory in (3_500, 7_000)]
-    + [("jacobian", "trace", 10_000), ("jacobian", "full", 7_000)],
+    ("method", "outputs", "rows", "chunk"),
+    [
+        ("auto", "trace", 2, 3),
+        ("auto", "full", 2, 2),
+        ("auto", "diagonal", 5, 2),
+        ("jacobian", "trace", 3, 2),
+        ("jacobian", "full", 3, 3),
+    ],
 )
-def test_every_tiling_gives_the_same_kernel(monkeypatch, method, outputs, memory):
-    model = Mlp()
+def test_every_tiling_gives_the_same_kernel(monkeypatch, method, outputs, rows, chunk):
+    model = Mixed()
     params = model.init(jax.random.key(2), X)["params"]
     full = gram(lambda p, x: model.apply({"params": p}, x), params, X)
-    chosen = []
-    monkeypatch.setattr(ntk_module, "tiles", lambda *args: chosen.append(tiles(*args)) or chosen[-1])
-    ntk_fn = ij.empirical_ntk(model, outputs=outputs, method=method, memory=memory)
+    tiling = job_module.tiling
+    monkeypatch.setattr(
+        job_module, "tiling", lambda *args: tiling(*args)._replace(rows=rows, columns=rows, outputs=chunk)
+    )
+    ntk_fn = ij.empirical_ntk(model, outputs=outputs, method=method)
     kernel = ntk_fn(params, X)
-    assert chosen[0].examples < 5 or chosen[0].outputs < 3  # more than one block, or chunks of the outputs
     assert_kernel(kernel, reduced(full, outputs))
     mirrored = {"trace": (1, 0), "diagonal": (1, 0, 2), "full": (1, 0, 3, 2)}[outputs]
     np.testing.assert_array_equal(kernel, kernel.transpose(mirrored))
     assert_kernel(ntk_fn(params, X, X[:4]), reduced(full, outputs)[:, :4])
 
 
-def test_gradients_of_dense_layers_are_not_formed_and_those_of_others_are():
-    """Which parameters get taps: dense kernels and biases used once on one data vector, and no others."""
+@pytest.mark.parametrize("route", ["pair", "explicit", "streamed"])
+@pytest.mark.parametrize("outputs", ["trace", "full", "diagonal"])
+def test_every_route_gives_the_same_kernel(monkeypatch, route, outputs):
+    """Dense layers on two positions, by pairs of positions and by formed gradients, whole or some inputs at a time."""
+    model = Mixed()
+    params = model.init(jax.random.key(2), X)["params"]
+    full = gram(lambda p, x: model.apply({"params": p}, x), params, X)
+    tiling = job_module.tiling
 
-    def tapped(model, x):
+    def force(*args):
+        found = tiling(*args)
+        routes = [r if r.name == "gradient" else r._replace(name=route) for r in found.routes]
+        return found._replace(routes=tuple(routes), rows=3, columns=3)
+
+    monkeypatch.setattr(job_module, "tiling", force)
+    monkeypatch.setattr(features_module, "CACHE", 100)  # so that several inputs at a time do not fit
+    kernel = ij.empirical_ntk(model, outputs=outputs)(params, X)
+    assert_kernel(kernel, reduced(full, outputs))
+
+
+def test_each_parameter_goes_the_way_its_use_allows():
+    """What meets data in a product is tapped, with its bias; functions of parameters are pulled back."""
+
+    def kinds(model, x):
         params = model.init(jax.random.key(2), x)["params"]
-        program = trace(lambda p, x: model.apply({"params": p}, x), params, x[:1])
-        taps, left = find_taps(program, (True,) * len(program.names))
-        return taps, [name for name, keep in zip(program.names, left, strict=True) if keep]
+        table = ij.empirical_ntk(model).explain(params, x)
+        assert "foreseen" in repr(table)
+        return {row.leaves: (row.kind, row.route) for row in table.rows}
 
-    taps, left = tapped(Mlp(), X)
-    assert len(taps) == 3 and all(tap.bias and tap.operand is not None for tap in taps) and not left
-    taps, left = tapped(ConvNet(), IMAGES)
-    assert len(taps) == 1 and left == ["Conv_0/bias", "Conv_0/kernel"]
-    # names in the order the author made them: Dense_0 is used twice, and the last Dense is Dense_1
-    taps, left = tapped(TiedNorm(), X)
-    assert len(taps) == 1 and left == ["Dense_0/bias", "Dense_0/kernel", "log_scale", "scale"]
-    taps, left = tapped(nn.Dense(4, param_dtype=DTYPE), X[:, None])  # one position: still one data vector
-    assert len(taps) == 1 and not left
-    taps, left = tapped(nn.Dense(4, param_dtype=DTYPE), jnp.stack([X, X], 1))  # two positions share the weights
-    assert not taps and left == ["bias", "kernel"]
-
-
-def test_blocks_stay_within_the_budget_and_use_it():
-    sizes = [
-        (1000, 10, 4000, 500, 4, 10**6),
-        (7, 3, 100, 0, 36, 10**4),
-        (5, 64, 1000, 2000, 4, 10**5),
-        (10**4, 1, 1, 1, 8, 10**7),
-    ]
-    for examples, outputs, row, work, cell, memory in sizes:
-        block, chunk = tiles(examples, outputs, row, work, cell, memory)
-
-        def needed(block, chunk, row=row, work=work, cell=cell):
-            return max(block * (LIVE_COPIES * chunk * row + work), 3 * cell * block**2 if chunk > 1 or block > 1 else 0)
-
-        assert needed(block, chunk) <= memory
-        # balanced blocks, no fewer of which would do
-        total, size = (outputs, chunk) if chunk < outputs else (examples, block)
-        fewer = -(-total // size) - 1
-        if fewer:
-            larger = -(-total // fewer)
-            assert needed(*((1, larger) if chunk < outputs else (larger, chunk))) > memory
+    found = kinds(Mlp(), X)
+    assert set(found.values()) == {("product", "pair")} and all(len(leaves) == 2 for leaves in found)
+    found = kinds(ConvNet(), IMAGES)
+    assert found["Conv_0/kernel", "Conv_0/bias"][0] == "convolution"
+    found = kinds(TiedNorm(), X)
+    assert found["Dense_0/kernel",][0] == "product"  # two positions: it is used twice
+    assert found["scale",] == ("scale", "gradient")
+    assert found["log_scale",][0] == "function of parameters (scale)"
+    # one position is still one data vector; two share the weights, and the bias
+    assert list(kinds(nn.Dense(4, param_dtype=DTYPE), X[:, None]).values()) == [("product", "pair")]
 
 
-@pytest.mark.parametrize("method", ["auto", "jacobian"])
-def test_features_held_at_once_stay_within_the_budget(monkeypatch, method):
-    x = jnp.tile(X, (40, 1))
-    params = {"w": jax.random.normal(jax.random.key(3), (6, 500), DTYPE)}
-    apply = lambda p, x: jnp.tanh(x @ p["w"]).reshape(x.shape[0], 5, 100).sum(-1)  # noqa: E731
-    seen = []
-    contract = ntk_module._contract
+def test_memory_is_given_in_bytes_or_in_words():
+    assert as_bytes("4GiB") == 4 * 2**30 == as_bytes(2**32) and as_bytes(" 500 MB ") == 500 * 10**6
+    assert as_bytes("1.5k") == 1500 and as_bytes(None) > 0
 
-    def spy(left, right, outputs):
-        seen.append(sum(a.nbytes for a in jax.tree.leaves((left, right))))
-        return contract(left, right, outputs)
 
-    budget = 2 * 10**6
-    monkeypatch.setattr(ntk_module, "_contract", spy)
-    kernel = ij.empirical_ntk(apply, memory=budget, method=method)(params, x)
-    assert len(seen) > 5 and 2 * max(seen) <= budget
-    assert_kernel(kernel, np.tile(reduced(gram(apply, params, X), "trace"), (40, 40)))
+def test_kernels_of_single_parameters_sum_to_the_kernel():
+    model = TiedNorm()
+    params = model.init(jax.random.key(2), X)["params"]
+    apply = lambda p, x: model.apply({"params": p}, x)  # noqa: E731
+    parts = ij.empirical_ntk(model, by_leaf=True)(params, X, X[:3])
+    assert len(parts) == len(jax.tree.leaves(params))
+    for name, part in parts.items():
+        assert_kernel(part, reduced(gram(apply, params, X, X[:3], lambda leaf, name=name: leaf == name), "trace"))
 
 
 def test_filter_by_pattern_and_by_function_splits_the_sum_over_parameters():
@@ -197,7 +195,9 @@ def test_filter_by_pattern_and_by_function_splits_the_sum_over_parameters():
     params = model.init(jax.random.key(2), X)["params"]
     apply = lambda p, x: model.apply({"params": p}, x)  # noqa: E731
     kernels = ij.empirical_ntk(model, params_filter="*/kernel")(params, X)
-    assert_kernel(kernels, reduced(gram(apply, params, X, lambda name: name.endswith("kernel")), "trace"))
+    assert_kernel(kernels, reduced(gram(apply, params, X, keep=lambda name: name.endswith("kernel")), "trace"))
+    assert_kernel(ij.empirical_ntk(model, params_filter="ker.el$")(params, X), kernels)
+    assert_kernel(ij.empirical_ntk(model, params_filter=lambda path: "kernel" in path)(params, X), kernels)
     biases = ij.empirical_ntk(model, params_filter=lambda path, leaf: leaf.ndim == 1)(params, X)
     assert_kernel(kernels + biases, reduced(gram(apply, params, X), "trace"))
 
@@ -256,7 +256,7 @@ def test_network_that_couples_examples_is_refused():
         ({"outputs": "sum"}, r"outputs='sum'[\s\S]*'trace' or 'full'"),
         ({"method": "structured"}, r"method='structured'[\s\S]*'jacobian'"),
         ({"memory": 0}, r"memory=0[\s\S]*positive number of bytes"),
-        ({"memory": "2GB"}, r"memory='2GB'[\s\S]*2\*\*30"),
+        ({"memory": "two GB"}, r"memory='two GB'[\s\S]*2\*\*30"),
         ({"params_filter": 3}, r"params_filter=3[\s\S]*pattern"),
     ],
 )
@@ -291,7 +291,7 @@ def test_wrong_networks_parameters_and_pairs_get_four_part_errors():
         ij.empirical_ntk(model)({"w": X}, X)
     with pytest.raises(ij.InputError, match=r"the class Mlp"):
         ij.empirical_ntk(Mlp)(variables, X)
-    with pytest.raises(ij.InputError, match=r"one real floating-point array"):
-        ij.empirical_ntk(lambda p, x: (x @ p, x))(jnp.ones((6, 1), DTYPE), X)
+    with pytest.raises(ij.InputError, match=r"int32[\s\S]*real floating-point arrays"):
+        ij.empirical_ntk(lambda p, x: (x @ p, x.astype(jnp.int32)))(jnp.ones((6, 1), DTYPE), X)
     with pytest.raises(ij.InputError, match=r"5 and 6 outputs"):
         ij.empirical_ntk(lambda p, x: x * p)(jnp.ones((), DTYPE), X[:, :5], X)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import click
 
+from initjax.commands.data import inputs_from
 from initjax.commands.output import collected_warnings, output_options, save, show
-from initjax.errors import InputError
 
 
 @click.command(name="inspect", short_help="One report on a Flax model as you wrote it.")
@@ -27,7 +27,7 @@ def command(
     from initjax.commands import lookup
 
     model = lookup.model(path)
-    inputs = _inputs(data, examples, shape)
+    inputs = inputs_from(data, examples, shape)
     import jax
 
     from initjax import inspection
@@ -40,49 +40,3 @@ def command(
         saved = save(out, "inspect", answer, report.plot())
         saved.append(report.to_html(out / "inspect.html"))
     show(answer, [] if as_json else [report.table()], as_json=as_json, saved=saved, notes=notes)
-
-
-def _inputs(data: str, examples: int, shape: str | None):
-    """The first examples of the data, each with mean square 1 if they are the digits, in the asked shape."""
-    import numpy as np
-
-    if data == "digits":
-        from initjax.demo.data import load
-
-        inputs = load().x_train
-    elif data.endswith(".npy"):
-        try:
-            inputs = np.load(data, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                given=f"--data {data}: {error}.",
-                accepted="a file that numpy.save wrote, an array of numbers with the examples along its first axis.",
-                why="the file could not be read.",
-                remedy="numpy.save('inputs.npy', x), then --data inputs.npy",
-            ) from error
-        if inputs.ndim < 2 or len(inputs) < 2 or not np.issubdtype(inputs.dtype, np.number):
-            raise InputError(
-                given=f"--data {data}: an array of shape {inputs.shape} and dtype {inputs.dtype}.",
-                accepted="numbers with at least two examples along the first axis, and at least one axis more.",
-                why="correlations and kernels are between examples.",
-                remedy="numpy.save('inputs.npy', x) with x of shape (examples, features)",
-            )
-    else:
-        raise InputError(
-            given=f"--data {data}.",
-            accepted="digits, or the path of a .npy file.",
-            why="there is no other data set here.",
-            remedy="numpy.save('inputs.npy', x), then --data inputs.npy",
-        )
-    inputs = inputs[:examples]
-    if shape is None:
-        return inputs
-    try:
-        return inputs.reshape(len(inputs), *(int(size) for size in shape.split(",")))
-    except ValueError:
-        raise InputError(
-            given=f"--shape {shape} for examples of shape {inputs.shape[1:]}.",
-            accepted="whole numbers with commas between them whose product is the size of one example.",
-            why="an example is reshaped, never cut or filled.",
-            remedy="--shape 8,8,1 for the digits as images with one channel",
-        ) from None

@@ -1,22 +1,22 @@
-"""The exact empirical NTK of any network: contraction of per-example Jacobians, tile by tile.
+"""The exact empirical NTK of any network, tile by tile, without its Jacobian.
 
 Theta[n, m, o, p] = sum over parameters of d f_o(x_n)/d theta . d f_p(x_m)/d theta (Jacot, Gabriel, Hongler 2018,
-arXiv:1806.07572). The rows of a block of examples come from one backward pass per output (the Jacobian contraction of
-Novak, Sohl-Dickstein, Schoenholz 2022, arXiv:2206.08720); two blocks give one tile of the kernel. Only the blocks of
-one tile are held, so memory does not grow with the number of examples beyond the kernel itself.
+arXiv:1806.07572). One backward pass per output leaves at each weight the data that meet it and their cotangents;
+inner products of gradients follow from these by the cheapest contraction (`taps`, `routes`). Two blocks of examples
+give one tile of the kernel; only their features are held.
 """
 
-import functools
-import math
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
-from initjax.empirical.blocks import default_memory, tiles
-from initjax.empirical.network import Network, chosen_leaves, examples
+from initjax.empirical.blocks import as_bytes
+from initjax.empirical.explain import Explanation, explanation
+from initjax.empirical.features import leaves_of
+from initjax.empirical.job import Job
+from initjax.empirical.network import Network, chosen_leaves, examples, one_example, signature
+from initjax.empirical.tiles import run
 from initjax.errors import InputError
 from initjax.trace.jaxpr import is_traced
 
@@ -30,35 +30,40 @@ def empirical_ntk(
     params_filter: Any = None,
     method: str = "auto",
     memory: Any = None,
-) -> Callable[..., jax.Array]:
+    by_leaf: bool = False,
+) -> "NtkFunction":
     r"""Exact tangent kernel of a network at its own width and parameters.
 
     Parameters
     ----------
     model_or_apply_fn : a linen module, an nnx module, a factory `lambda rngs: Model(rngs=rngs)`, a pair
-        `(init_fn, apply_fn)`, or a function `apply_fn(params, x)`. Outputs have the examples along their first axis;
-        all further axes are flattened into k outputs.
+        `(init_fn, apply_fn)`, or a function `apply_fn(params, x)`. Outputs, an array or a tree of arrays, have the
+        examples along their first axis; all further axes of all arrays are flattened into k outputs.
     outputs : which pairs of outputs. "trace": the mean over outputs, 1/k sum_o Theta[n, m, o, o], shape (n1, n2), the
         quantity whose infinite-width limit is `kernel_fn(x).ntk`. "full": all pairs, shape (n1, n2, k, k).
         "diagonal": each output with itself, shape (n1, n2, k).
-    params_filter : which parameters count: a pattern on their "/"-joined path such as "*/kernel" or "Dense_0/*", or a
-        function `(path, leaf) -> bool`; None for all.
-    method : "auto": gradients of dense layers by their inputs and cotangents, not formed, and those of all other
-        parameters as per-example Jacobians; "jacobian": Jacobians throughout. The kernel is the same up to rounding.
-    memory : budget for Jacobians in bytes; None for half of the free memory, at most 2 GiB. It bounds the work at
-        hand, not the kernel that is returned; under an outer `vmap` it holds for each mapped copy.
+    params_filter : which parameters count: a pattern on their "/"-joined path such as "*/kernel" or "Dense_0/*"; where
+        that fits none, a regular expression searched in the path, such as "kernel|scale"; a function `(path, leaf) ->
+        bool` or `path -> bool`; None for all.
+    method : "auto": for each parameter the cheapest of the exact contractions that its use in the network allows, by a
+        count of operations and memory; see `ntk_fn.explain`. "jacobian": the gradient of every parameter is formed by
+        automatic differentiation. The kernel is the same up to rounding.
+    memory : budget in bytes, or text such as "4GiB"; None for half of the free memory. It bounds the work at hand, not
+        the kernel that is returned; under an outer `vmap` it holds for each mapped copy.
+    by_leaf : return the summand of each parameter instead of their sum, `{path: kernel}`.
 
     Returns
     -------
     `ntk_fn(params, x1, x2=None)`: `params` any parameter tree of the model; `x1`, `x2` batches of inputs (arrays, or
     trees of arrays) with the examples along the first axis, any numbers n1, n2. x2=None means x1 and computes one
     half, the other is its mirror image, so that the kernel is symmetric to the bit. The kernel has the parameters'
-    dtype (at least float32). `ntk_fn` may stand under jit, vmap and grad.
+    dtype, but at least float32, in which sums are taken. `ntk_fn` may stand under jit, vmap and grad.
+    `ntk_fn.explain(params, x1, x2=None)` tells, without computing, how each parameter will be worked on.
 
     Raises
     ------
     InputError : an unknown option; a pattern that fits no parameter; inputs without a common number of examples;
-        outputs that are not one real array with the examples first; a budget too small for one gradient; and, when
+        outputs that are not real arrays with the examples first; a budget too small for one gradient; and, when
         called with concrete values, a network whose examples influence each other (batch normalisation in training
         mode).
 
@@ -96,121 +101,67 @@ def empirical_ntk(
             f"params_filter={params_filter!r}",
             'a pattern such as "*/kernel", a function (path, leaf) -> bool, or None',
             "it chooses parameters by their path",
-            'give fnmatch patterns on paths joined by "/"',
+            'give a shell pattern or a regular expression on paths joined by "/"',
         )
-    if memory is not None and not (np.ndim(memory) == 0 and np.isreal(memory) and 0 < memory < float("inf")):
-        raise InputError(
-            f"memory={memory!r}",
-            "a positive number of bytes, or None",
-            "it bounds the Jacobians",
-            "give 2**30 for 1 GiB",
-        )
-    network = Network(model_or_apply_fn)
-
-    def ntk_fn(params: Any, x1: Any, x2: Any = None) -> jax.Array:
-        return _kernel(network, params, x1, x2, outputs, params_filter, method, memory)
-
-    return ntk_fn
+    if memory is not None:
+        as_bytes(memory)
+    return NtkFunction(Network(model_or_apply_fn), outputs, params_filter, method, memory, bool(by_leaf))
 
 
-def _kernel(network, params, x1, x2, outputs, params_filter, method, memory):
-    n1 = examples(x1, "x1")
-    n2 = n1 if x2 is None else examples(x2, "x2")
-    params = network.prepare(params, x1)
-    k = network.outputs(params, x1)
-    if x2 is not None and (k2 := network.outputs(params, x2)) != k:
-        raise InputError(
-            f"x1 and x2 on which the network has {k} and {k2} outputs",
-            "inputs that differ in nothing but the number of examples",
-            "the kernel pairs output o of an example with output p of another",
-            "give x2 the per-example shape of x1",
-        )
-    network.check_independent(params, x1)
-    chosen = chosen_leaves(params, params_filter)
-    leaves = [leaf for leaf, keep in zip(jax.tree.leaves(params), chosen, strict=True) if keep]
-    dtype = jnp.dtype(jnp.float64 if any(jnp.result_type(leaf) == jnp.float64 for leaf in leaves) else jnp.float32)
-    static = dict(chosen=chosen, outputs=k, dtype=dtype, taps=method == "auto")
-    row_bytes, work_bytes = network.footprint(params, x1, **static)
-    cell_bytes = dtype.itemsize * (k if outputs != "trace" else 1) * (k if outputs == "full" else 1)
-    budget = default_memory() if memory is None else int(memory)
+@dataclasses.dataclass(eq=False)
+class NtkFunction:
+    """What `empirical_ntk` returns: `ntk_fn(params, x1, x2=None)`, and `ntk_fn.explain(params, x1, x2=None)`."""
 
-    def blocks(x, n, size):
-        """Examples in blocks of one size; the last is filled up with its last example."""
-        for start in range(0, n, size):
-            index = np.minimum(np.arange(start, start + size), n - 1)
-            yield jax.tree.map(lambda a, index=index: jnp.asarray(a)[index], x)
+    network: Network
+    outputs: str
+    params_filter: Any
+    method: str
+    memory: Any
+    by_leaf: bool
+    _jobs: dict = dataclasses.field(default_factory=dict, repr=False)
 
-    size1, chunk = tiles(n1, k, row_bytes, work_bytes, cell_bytes, budget)
-    size2 = size1 if x2 is None else tiles(n2, k, row_bytes, work_bytes, cell_bytes, budget).examples
-    blocks1 = list(blocks(x1, n1, size1))
-    blocks2 = blocks1 if x2 is None else list(blocks(x2, n2, size2))
+    def __call__(self, params: Any, x1: Any, x2: Any = None) -> Any:
+        """The kernel between x1 and x2; a dictionary of kernels with `by_leaf`."""
+        params, n1, n2, job = self._prepare(params, x1, x2)
+        shape = (n1, n2, *{"trace": (), "diagonal": (job.k,), "full": (job.k, job.k)}[self.outputs])
+        leaves = leaves_of(job.plans[0])
+        shape = (len(leaves), *shape) if self.by_leaf else shape
+        if 0 in shape or not leaves:
+            kernel = jnp.zeros(shape, job.dtype)
+        else:
+            kernel = run(job, job.fit(params, x1, x2, as_bytes(self.memory)), params, x1, x2, shape)
+        if not self.by_leaf:
+            return kernel
+        kernels = {job.names[leaf]: kernel[i] for i, leaf in enumerate(leaves)}
+        unused = [name for name, keep in zip(job.names, job.chosen, strict=True) if keep and name not in kernels]
+        return kernels | {name: jnp.zeros(shape[1:], job.dtype) for name in unused}
 
-    def features(block, start):
-        return network.features(params, block, start, chunk=chunk, **static)
+    def explain(self, params: Any, x1: Any, x2: Any = None) -> Explanation:
+        """A table of what each parameter costs, by which route, and the memory foreseen.
 
-    table = _tiles(features, blocks1, blocks2, range(0, k, chunk), outputs, x2 is None)
-    if not table:
-        return jnp.zeros((n1, n2, *{"trace": (), "diagonal": (k,), "full": (k, k)}[outputs]), dtype)
-    # on the host, unless under a transformation: thousands of tiles would make one very long program
-    xp = jnp if is_traced(*table.values()) else np
-    kernel = _join(table, (len(blocks1), len(blocks2)), x2 is None, outputs, k, dtype, xp)
-    return jnp.asarray(kernel[:n1, :n2])
+        Programs are compiled, for their memory, but not run; inputs may be `jax.ShapeDtypeStruct`.
+        """
+        params, _, _, job = self._prepare(params, x1, x2)
+        return explanation(job, job.fit(params, x1, x2, as_bytes(self.memory)), params)
 
-
-def _tiles(features, blocks1, blocks2, starts, outputs, symmetric):
-    """Tiles of the kernel by their block indices (a, b), b <= a where it is symmetric.
-
-    A "trace" tile is the sum over output chunks; else the tile is left in parts, one for each (pair of) output chunks.
-    """
-    table: dict = {}
-    for a, block in enumerate(blocks1):
-        for start in starts:
-            left = features(block, start)
-            for b in range(a + 1) if symmetric else range(len(blocks2)):
-                same = symmetric and a == b
-                for other in starts if outputs == "full" else (start,):
-                    right = left if same and other == start else features(blocks2[b], other)
-                    part = _contract(left, right, outputs)
-                    if outputs == "trace" and (a, b) in table:
-                        table[a, b] = [table[a, b][0] + part]
-                    else:
-                        table.setdefault((a, b), []).append(part)
-    return table
-
-
-@functools.partial(jax.jit, static_argnames="outputs")
-def _contract(left, right, outputs):
-    """One tile from the features of two blocks: inner products of gradients, summed over parameters."""
-    inner = {"trace": "nop,mop->nm", "full": "nop,mqp->nmoq", "diagonal": "nop,mop->nmo"}[outputs]
-
-    def product(subscripts, a, b):
-        return jnp.einsum(subscripts, a, b, precision="highest")
-
-    terms = [product(inner, a, b) for a, b in zip(left.gradients, right.gradients, strict=True)]
-    for a, b, g, h in zip(left.inputs, right.inputs, left.cotangents, right.cotangents, strict=True):
-        term = product(inner, g, h)
-        terms.append(term * product("ni,mi->nm", a, b).reshape(term.shape[:2] + (1,) * (term.ndim - 2)))
-    return functools.reduce(jnp.add, terms)
-
-
-def _join(table, blocks, symmetric, outputs, k, dtype, xp):
-    """The kernel from its tiles; outputs past the k-th, which only fill up a chunk, are dropped."""
-
-    def whole(parts):
-        parts = [xp.asarray(part) for part in parts]
-        if outputs == "trace":
-            return parts[0] / xp.asarray(k, dtype)
-        if outputs == "diagonal":
-            return xp.concatenate(parts, axis=2)[..., :k]
-        chunks = math.isqrt(len(parts))
-        rows = [xp.concatenate(parts[i : i + chunks], axis=3) for i in range(0, len(parts), chunks)]
-        return xp.concatenate(rows, axis=2)[..., :k, :k]
-
-    tiles = {index: whole(parts) for index, parts in table.items()}
-    if symmetric:
-        mirrored = {"trace": (1, 0), "diagonal": (1, 0, 2), "full": (1, 0, 3, 2)}[outputs]
-        for a, b in list(tiles):
-            tile = tiles[a, b].transpose(mirrored)
-            # the product of a block with itself is symmetric up to rounding only
-            tiles[b, a] = tile if a != b else (tiles[a, a] + tile) / xp.asarray(2, dtype)
-    return xp.concatenate([xp.concatenate([tiles[a, b] for b in range(blocks[1])], 1) for a in range(blocks[0])], 0)
+    def _prepare(self, params, x1, x2):
+        n1 = examples(x1, "x1")
+        n2 = n1 if x2 is None else examples(x2, "x2")
+        params = self.network.prepare(params, x1)
+        chosen = chosen_leaves(params, self.params_filter)
+        key = chosen, *(signature(one_example(x)) for x in (x1, x2)), signature(params)
+        job = self._jobs.get(key)
+        if job is None:
+            k = self.network.outputs(params, x1)
+            if x2 is not None and (k2 := self.network.outputs(params, x2)) != k:
+                raise InputError(
+                    f"x1 and x2 on which the network has {k} and {k2} outputs",
+                    "inputs that differ in nothing but the number of examples",
+                    "the kernel pairs output o of an example with output p of another",
+                    "give x2 the per-example shape of x1",
+                )
+            self.network.check_independent(params, x1)
+            job = Job(self.network, params, x1, x2, k, self.outputs, chosen, self.method == "auto", self.by_leaf)
+            if not is_traced(*(plan.program.constants for plan in job.plans)):
+                self._jobs[key] = job
+        return params, n1, n2, job

@@ -26,6 +26,8 @@ OUTPUTS = ("trace", "full")
 METHODS = ("auto", "matrix-free", "matrix")
 # About as many products as forming the matrix costs, for the networks measured in benchmarks/spectrum.py.
 WORTH_FORMING = 8
+# Bytes of activations that blocks are made for where the budget allows more: beyond, they only leave the caches.
+CACHED, FEWEST = 32 * 2**20, 64
 # Blocks of examples that a traced product may write out one after another.
 UNROLLED = 8
 
@@ -76,13 +78,16 @@ class _Setting:
             jnp.take_along_axis(tangents, (index % self.k)[:, None, None], 2) if self.outputs == "trace" else tangents
         )
 
-    def blocks(self, vectors: int) -> tuple[int, int]:
-        """Vectors at once, and examples in a block, for products with `vectors` vectors of outputs."""
+    def blocks(self, vectors: int, traced: bool = False) -> tuple[int, int]:
+        """Vectors at once, and examples in a block, for products with `vectors` vectors of outputs.
+
+        A traced product takes few large blocks, which keep its program short."""
         # vectors may take half of what the passes for one example leave
         each = 3 * self.params_bytes + self.bytes_per_tangent
         at_once = max(1, min(vectors, (self.memory - self.bytes_per_example) // 2 // each))
         room = self.memory - 3 * at_once * self.params_bytes
-        block = room // (self.bytes_per_example + at_once * self.bytes_per_tangent)
+        per_example = self.bytes_per_example + at_once * self.bytes_per_tangent
+        block = room // per_example if traced else min(room // per_example, max(FEWEST, CACHED // per_example))
         return -(-vectors // -(-vectors // at_once)), int(max(0, block))
 
 
@@ -372,7 +377,7 @@ def _product(setting: _Setting, params, x1, x2, columns):
     """Theta times columns (n2 or n2 k, m), chunk after chunk of vectors, block after block of examples."""
     trace, k, m = setting.outputs == "trace", setting.k, columns.shape[1]
     vectors = m * k if trace else m
-    at_once, block = setting.blocks(vectors)
+    at_once, block = setting.blocks(vectors, is_traced(params, x1, x2, columns))
     rows = columns.T.reshape(m, setting.n2, -1)  # (m, n2, 1 or k)
     leaves = setting.leaves(params)
     parts = []

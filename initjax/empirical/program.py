@@ -5,7 +5,7 @@ so that custom derivatives remain the author's.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -78,12 +78,16 @@ class Program:
 
     def evaluate(self, params: Any, x: Any, change: Callable[[int, Any], Any] = lambda number, value: value):
         """Outputs as flat leaves; every computed value passes through `change(number, value)`."""
-        env = dict(self.constants)
-        env.update(zip(self.params, jax.tree.leaves(params), strict=True))
-        env.update(zip(self.data, jax.tree.leaves(x), strict=True))
-        for step in self.steps:
-            for number, value in zip(step.outputs, _run(step, env), strict=True):
-                env[number] = change(number, value)
+        env = self.given(jax.tree.leaves(params), jax.tree.leaves(x))
+        return self.results(run_steps(self.steps, env, change))
+
+    def given(self, params: list, x: Sequence = ()) -> dict[int, Any]:
+        """Number -> value of constants, parameter leaves and (if any) data leaves."""
+        pairs = [*zip(self.params, params, strict=True), *(zip(self.data, x, strict=True) if x else ())]
+        return self.constants | dict(pairs)
+
+    def results(self, env: dict[int, Any]) -> list:
+        """The outputs as flat leaves, from the values of all steps."""
         return [env[out] if isinstance(out, int) else out.val for out in self.outputs]
 
     def layers(self) -> list[Layer]:
@@ -135,6 +139,17 @@ class Program:
             seen[name] = seen.get(name, 0) + 1
             names.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
         return [layer for _, layer in found], names
+
+
+def run_steps(
+    steps: tuple[Step, ...], env: dict[int, Any], change: Callable[[int, Any], Any] = lambda number, value: value
+) -> dict[int, Any]:
+    """`env`, number -> value, with what the steps compute; each value passes through `change(number, value)`."""
+    env = dict(env)
+    for step in steps:
+        for number, value in zip(step.outputs, _run(step, env), strict=True):
+            env[number] = change(number, value)
+    return env
 
 
 def trace(apply: Callable, params: Any, x: Any) -> Program:

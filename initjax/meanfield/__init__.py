@@ -6,7 +6,11 @@ from initjax.meanfield.dataset import Inputs as Inputs
 from initjax.meanfield.dataset import inputs as inputs
 from initjax.meanfield.diagram import PhaseDiagram as PhaseDiagram
 from initjax.meanfield.diagram import phase_diagram as phase_diagram
+from initjax.meanfield.finite import FiniteWidth as FiniteWidth
+from initjax.meanfield.finite import finite_width as finite_width
 from initjax.meanfield.fixed import fixed_point as fixed_point
+from initjax.meanfield.isometry import JacobianSpectrum as JacobianSpectrum
+from initjax.meanfield.isometry import jacobian_spectrum as jacobian_spectrum
 from initjax.meanfield.results import CriticalPoint as CriticalPoint
 from initjax.meanfield.results import FixedPoint as FixedPoint
 from initjax.meanfield.results import Trajectory as Trajectory

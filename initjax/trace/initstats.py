@@ -99,6 +99,16 @@ def leaf_statistics(functional: Functional) -> tuple[LeafStats, ...]:
     return tuple(stats)
 
 
+def read_draw(draw, dtype) -> LeafStats | None:
+    """The distribution of `draw(key)`, an array of that dtype, if its program can be read; nothing is drawn."""
+    program = inline(jax.make_jaxpr(draw)(jax.random.key(0)))
+    leaf = program.avals[program.outputs[0]]
+    value = _read(program)[program.outputs[0]]
+    if isinstance(value, _Draw):
+        return _from_draw("", leaf, value)
+    return _constant("", leaf.shape, dtype, np.asarray(value.array, np.float64)) if isinstance(value, _Known) else None
+
+
 # ------------------------------------------------------------------ the walk over one leaf's initializer
 
 

@@ -1,12 +1,13 @@
 """neural-tangents 0.6.5 on a JAX it was not written for: the names it expects are put where it looks for them.
 
-Enough for its analytic kernels and for Jacobian contraction. Install with `pip install --no-deps
-neural-tangents==0.6.5 frozendict`.
+Enough for its analytic kernels and for all three implementations of its empirical kernels. Install with `pip install
+--no-deps neural-tangents==0.6.5 frozendict`.
 
 Errors of the peer itself, so that a difference is read rightly: relu-family NTK diagonals are off by up to 6e-4 in
 float32 and 1.5e-8 in float64, ElementwiseNumerical by 4e-5 to 7e-6 on diagonals.
 """
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -57,6 +58,49 @@ def _prepare():
     private_ad = importlib.import_module("jax._src.interpreters.ad")
     for name in ("Zero", "UndefinedPrimal"):
         _give(ad, name, getattr(private_ad, name, None))
+    # what structured derivatives need beyond that
+    ad.linearize = _linearize
+    ad.config = types.SimpleNamespace(jax_enable_checks=False)
+    ad.reducing_transposes = {}
+    ad.get_primitive_transpose = functools.partial(_transpose, private_ad)
+    private.Primitive.map_primitive = False
+
+
+def _transpose(ad, primitive):
+    """The transpose of a primitive in the old form, also where JAX now keeps it in another one."""
+    if primitive in ad.primitive_transposes:
+        return ad.primitive_transposes[primitive]
+
+    def transpose(cotangent, *operands, **params):
+        linear = [ad.is_undefined_primal(operand) for operand in operands]
+
+        def apply(*arguments):
+            given = iter(arguments)
+            return primitive.bind(
+                *(next(given) if is_linear else operand for is_linear, operand in zip(linear, operands, strict=True)),
+                **params,
+            )
+
+        avals = [operand.aval for operand, is_linear in zip(operands, linear, strict=True) if is_linear]
+        results = iter(jax.linear_transpose(apply, *avals)(cotangent))
+        return [next(results) if is_linear else None for is_linear in linear]
+
+    return transpose
+
+
+class _Unknown:
+    """What partial evaluation said of an output that depends on the differentiated inputs."""
+
+    def is_known(self):
+        return False
+
+
+def _linearize(function, *primals, has_aux=False):
+    """The old `ad.linearize`: outputs, which of them are known, the program of the tangents, and its constants."""
+    assert not has_aux
+    out, tangents = jax.linearize(function.call_wrapped, *primals)
+    closed = jax.make_jaxpr(tangents)(*(jax.numpy.zeros_like(p) for p in primals))
+    return out, [_Unknown()] * len(out), closed.jaxpr, closed.consts
 
 
 def _give(module, name, value):
