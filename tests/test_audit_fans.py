@@ -41,10 +41,7 @@ BROKEN = {
 }  # fmt: skip
 
 
-SLOW = {"ConvLocal", "ConvTranspose, kernel transposed", "ConvTranspose"}
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in BROKEN])
+@pytest.mark.parametrize("name", BROKEN)
 def test_the_wrong_flax_defaults_are_found_and_fixed_to_unit_variance(name):
     model, shape, fan, ratio = BROKEN[name]
     x = jax.random.normal(KEY, shape, jnp.float32)

@@ -609,11 +609,9 @@ def test_uniform_bias_would_have_been_wrong():
         ij.kernel_fn(zoo.UniformBias(), X)
 
 
-def test_monte_carlo_is_not_a_silent_stub():
-    with pytest.raises(UnsupportedLayerError, match="Monte Carlo"):
-        ij.kernel_fn(zoo.DependentGate(), X, on_unsupported="monte_carlo")
+def test_on_unsupported_leaves_exact_models_exact():
     exact = ij.kernel_fn(zoo.MLP("relu"), X, on_unsupported="monte_carlo")(X)
-    assert exact.standard_error is None
+    assert exact.exact and exact.standard_error is None and exact.particles == 0
     with pytest.raises(InputError, match="on_unsupported"):
         ij.kernel_fn(zoo.MLP("relu"), X, on_unsupported="ignore")
 

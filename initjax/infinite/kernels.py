@@ -15,6 +15,7 @@ import numpy as np
 
 from initjax.errors import InputError, UnsupportedLayerError
 from initjax.infinite.moments import Moments
+from initjax.infinite.particles import PARTICLES, Particles, StandardError, standard_error
 from initjax.infinite.tiles import evaluate, ratio
 from initjax.trace.flax import Functional, as_functional, cannot_call, check_array
 from initjax.trace.initstats import LeafStats
@@ -61,8 +62,11 @@ class Kernel:
     layers : one `Layer` for each module that owns weights, in program order.
     leaves : leaf path -> (n1, n2), the part of every weight leaf in the standard parameterization, E<dy/dw, dy'/dw>.
     eta : leaf path -> its weight in `ntk`.
-    standard_error : None: every entry is exact (to rounding and the quadrature's 1e-12).
+    standard_error : None where every entry is exact (to rounding and the quadrature's 1e-12); for an estimate the
+        `StandardError` with `nngp` and `ntk`, (n1, n2), and `leaves`, of the mean over independent networks.
     notes : where the limit of infinite width is a rough description of this network.
+    particles : 0 for an exact kernel, else how many random channels stand for every layer's infinitely many.
+    forced_by : the layers that are outside the exact theory; empty for an exact kernel.
     """
 
     nngp: Any
@@ -72,10 +76,18 @@ class Kernel:
     standard_error: Any = None
     eta: dict[str, float] = dataclasses.field(default_factory=dict, metadata={"static": True})
     notes: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+    particles: int = dataclasses.field(default=0, metadata={"static": True})
+    forced_by: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+
+    @property
+    def exact(self) -> bool:
+        """Whether the entries are exact rather than estimates with a standard error."""
+        return self.standard_error is None
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, np.shape(self.nngp)))
-        return f"Kernel({shape}, {len(self.layers)} layers, {len(self.leaves)} leaves, exact)"
+        how = "exact" if self.exact else f"estimated with {self.particles} particles, because of {self.forced_by[0]}"
+        return f"Kernel({shape}, {len(self.layers)} layers, {len(self.leaves)} leaves, {how})"
 
 
 class KernelFunction:
@@ -85,15 +97,23 @@ class KernelFunction:
     ----------
     weights : distribution of every weight leaf, as read from its initializer.
     eta : leaf path -> weight in the NTK.
+    refusal : why the kernels are estimates; None where they are exact.
     """
 
     def __init__(self, model, functional: Functional, weights: tuple[LeafStats, ...], eta: dict[str, float]):
         self._model, self._functional = model, functional
         self.weights, self.eta = weights, eta
+        self.refusal: UnsupportedLayerError | None = None
+        self._particles: Particles | None = None
         self._programs: dict[tuple, Program] = {}
 
     def __repr__(self) -> str:
-        return f"KernelFunction({type(self._model).__name__}, {len(self.weights)} leaves)"
+        how = "exact" if self._particles is None else "estimated"
+        return f"KernelFunction({type(self._model).__name__}, {len(self.weights)} leaves, {how})"
+
+    def estimate_by(self, particles: Particles, refusal: UnsupportedLayerError) -> None:
+        """Take estimates instead of exact rules from now on, because of `refusal`."""
+        self._particles, self.refusal = particles, refusal
 
     def __call__(self, x1, x2=None, *, get=PARTS, memory=None, dtype=None) -> Kernel:
         """Kernels between two batches.
@@ -120,6 +140,8 @@ class KernelFunction:
             for leaf in jax.tree.leaves(batch):
                 check_array(leaf, name)
         get = _parts(get)
+        if self._particles is not None:
+            return self._estimated(batches, get, _dtype(dtype))
         walks = [(self.walk(batch)) for batch in batches] if not is_traced(*batches) else None
         if walks is not None:
             return self._compute(walks[0], None if same else walks[1], get, memory, _dtype(dtype), False)
@@ -149,6 +171,35 @@ class KernelFunction:
                 raise
         return Walk(self._programs[key], Moments(self.weights).expectation).run(leaves)
 
+    def _estimated(self, batches: tuple, get: tuple[str, ...], dtype) -> Kernel:
+        assert self._particles is not None and self.refusal is not None
+        found = self._particles(*batches)
+        zero = np.zeros(found.nngp.shape)
+        leaves = {s.name: found.leaves.get(s.name, zero) for s in self.weights}
+        ntk = sum((self.eta[name] * leaf for name, leaf in leaves.items()), zero)
+        tell = lambda value: value if is_traced(value) else value.astype(dtype)  # noqa: E731
+        mean, error = lambda samples: tell(samples.mean(0)), lambda samples: tell(standard_error(samples))
+        layers, previous = [], 1.0
+        for name, of in found.layers.items() if "layers" in get else ():
+            chi, previous = ratio(of["slope"], previous), of["slope"]
+            layers.append(Layer(name, of["q"], of["correlation"], chi, of["gradient"]))
+        shown = leaves if "leaves" in get else {}
+        kernels = {"nngp": found.nngp, "ntk": ntk}
+        means = {part: mean(value) if part in get else None for part, value in kernels.items()}
+        errors = {part: error(value) if part in get else None for part, value in kernels.items()}
+        why = f"{self.refusal.given}: {self.refusal.why}"
+        bias = f"estimated: hidden layers of {found.width} channels leave a bias of order 1/{found.width}"
+        return Kernel(
+            **means,
+            layers=tuple(layers),
+            leaves={name: mean(leaf) for name, leaf in shown.items()},
+            standard_error=StandardError(**errors, leaves={name: error(leaf) for name, leaf in shown.items()}),
+            eta=self.eta,
+            notes=(why, bias, *(s.note for s in self.weights if s.note), *found.notes),
+            particles=found.networks * found.width,
+            forced_by=(self.refusal.layer,),
+        )
+
     def _compute(self, first: Walked, second: Walked | None, get, memory, dtype, traced: bool) -> Kernel:
         found = evaluate(first, second, self.weights, self.eta, get, memory, dtype, traced)
         notes = tuple(s.note for s in self.weights if s.note) + tuple(first.notes)
@@ -164,7 +215,15 @@ class KernelFunction:
 
 
 def kernel_fn(
-    model, inputs, *, parameterization="standard", apply_kwargs=None, rngs=None, on_unsupported="raise"
+    model,
+    inputs,
+    *,
+    parameterization="standard",
+    apply_kwargs=None,
+    rngs=None,
+    on_unsupported="raise",
+    key=None,
+    particles=PARTICLES,
 ) -> KernelFunction:
     r"""Infinite-width NNGP kernel and NTK of a model, read from the module as written.
 
@@ -185,7 +244,11 @@ def kernel_fn(
         whose path it finds (muP, frozen layers); 1 for the others.
     apply_kwargs : further keyword arguments of every call, such as `train=False`.
     rngs : further random streams by name, fixed for every call.
-    on_unsupported : "raise": refuse what is not exact. "monte_carlo" is accepted for models that are exact.
+    on_unsupported : "raise": refuse what is not exact. "monte_carlo": estimate it, with a standard error for every
+        entry (softmax attention, max-pooling, LSTM and GRU, activations after a residual sum, ...). Exact models stay
+        exact; what has no limit of infinite width (W with W^T, token mixing, fixed matrices on channels) is refused.
+    key : random key of the estimate; None for the same one in every call.
+    particles : random channels that stand for every layer's infinitely many; the standard error falls as the root.
 
     Returns
     -------
@@ -199,7 +262,8 @@ def kernel_fn(
 
     Accuracy
     --------
-    float64, concrete inputs: 1e-12 relative. Traced float32 inputs: about 1e-6.
+    float64, concrete inputs: 1e-12 relative. Traced float32 inputs: about 1e-6. Estimates: `Kernel.standard_error`,
+    from at least 16 independent networks, beside a bias of the order of 1 over their width (told in `Kernel.notes`).
 
     Examples
     --------
@@ -234,15 +298,12 @@ def kernel_fn(
     except UnsupportedLayerError as error:
         if on_unsupported == "raise":
             raise
-        raise UnsupportedLayerError(
-            f"{error.given}, with on_unsupported = 'monte_carlo'",
-            error.accepted,
-            f"{error.why}; Monte Carlo for such layers is not part of this version",
-            error.remedy,
-            error.layer,
-            error.primitive,
-        ) from error
-    _check_output(walked)
+        estimator = Particles(functional, weights, jax.random.key(0) if key is None else key, _count(particles))
+        estimator.check(example)
+        kernel.estimate_by(estimator, error)
+        _check_output(functional.abstract_output.shape)
+        return kernel
+    _check_output(walked.output.shape)
     return kernel
 
 
@@ -278,8 +339,18 @@ def _zeros_if_abstract(leaf):
     return np.zeros(leaf.shape, leaf.dtype) if abstract else leaf
 
 
-def _check_output(walked: Walked) -> None:
-    shape = walked.output.shape
+def _count(particles) -> int:
+    if isinstance(particles, bool) or not isinstance(particles, int | np.integer) or particles < 1:
+        raise InputError(
+            f"particles = {particles!r}",
+            "an integer >= 1",
+            "it is the number of random channels",
+            f"{PARTICLES} is usual",
+        )
+    return int(particles)
+
+
+def _check_output(shape: tuple[int, ...]) -> None:
     if not shape:
         raise InputError(
             "a model whose output is one number for the whole batch",

@@ -83,7 +83,8 @@ def leaf_statistics(functional: Functional) -> tuple[LeafStats, ...]:
         pairs = zip(names, values, strict=True)
         return tuple(_estimated(name, np.asarray(value, np.float64), value.dtype) for name, value in pairs)
     program = inline(jax.make_jaxpr(functional.init)(jax.random.key(0)))
-    stats, values = [], _read(program)
+    with jax.ensure_compile_time_eval():  # known arrays stay known inside the caller's jit
+        stats, values = [], _read(program)
     for name, leaf, output in zip(names, leaves, program.outputs, strict=True):
         value = values[output]
         if isinstance(value, _Draw):

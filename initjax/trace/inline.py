@@ -82,11 +82,10 @@ def inline(closed: ClosedJaxpr) -> Straight:
         for eqn in jaxpr.eqns:
             operands = [read(atom) for atom in eqn.invars]
             stack = _join(scope, str(eqn.source_info.name_stack))
-            body = _body(eqn) if eqn.primitive.name in _CALLS else None
-            if eqn.primitive.name == "scan" and eqn.params["length"] <= _LONGEST:
-                unrolled = _unrolled(eqn)
-                values = [constant(v, c.aval) for v, c in zip(unrolled.consts, unrolled.jaxpr.constvars, strict=True)]
-                results = run(unrolled.jaxpr, operands, values, stack)
+            body = call_body(eqn)
+            if (turns := unrolled(eqn)) is not None:
+                values = [constant(v, c.aval) for v, c in zip(turns.consts, turns.jaxpr.constvars, strict=True)]
+                results = run(turns.jaxpr, operands, values, stack)
             elif body is None:
                 results = [new(var.aval) for var in eqn.outvars]
                 equations.append(Equation(eqn.primitive, eqn.params, tuple(operands), tuple(results), stack))
@@ -117,9 +116,11 @@ def prune(program: Straight, outputs: tuple[int, ...] | None = None) -> Straight
     return Straight(program.inputs, outputs, constants, tuple(reversed(kept)), program.avals)
 
 
-def _unrolled(eqn) -> ClosedJaxpr:
-    """A scan as straight-line code: weights used in every turn are then seen to be the same."""
+def unrolled(eqn) -> ClosedJaxpr | None:
+    """A scan as straight-line code: weights used in every turn are then seen to be the same. None for anything else."""
     params = eqn.params
+    if eqn.primitive.name != "scan" or params["length"] > _LONGEST:
+        return None
     length = params["length"]
     consts, carries, closed = scan_parts(eqn)
     body = jaxpr_as_fun(closed)
@@ -146,11 +147,14 @@ def _unrolled(eqn) -> ClosedJaxpr:
     return jax.make_jaxpr(turns)(*[jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars])
 
 
-def _body(eqn):
+def call_body(eqn) -> tuple[Jaxpr, list] | None:
+    """The body of a call and its constants; None for an equation that is no call."""
+    if eqn.primitive.name not in _CALLS:
+        return None
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         body = eqn.params.get(name)
         if isinstance(body, ClosedJaxpr):
-            return body.jaxpr, body.consts
+            return body.jaxpr, list(body.consts)
         if isinstance(body, Jaxpr) and not body.constvars:
             return body, []
     return None

@@ -44,6 +44,23 @@ def scan_parts(equation: JaxprEqn) -> tuple[int, int, ClosedJaxpr]:
     return consts, carries, body
 
 
+def one_equation(equation: JaxprEqn):
+    """An equation as a function of its operands, literals included, which keeps custom derivatives."""
+    given = [atom for atom in equation.invars if not isinstance(atom, Literal)]
+    variables = list(dict.fromkeys(given))
+    kept = [var for var in equation.outvars if type(var).__name__ != "DropVar"]
+    empty = jax.make_jaxpr(lambda: ())().jaxpr
+    jaxpr = empty.replace(invars=variables, outvars=kept, eqns=[equation], effects=equation.effects)
+    run = jaxpr_as_fun(ClosedJaxpr(jaxpr, ()))
+
+    def function(*operands):
+        pairs = zip(equation.invars, operands, strict=True)
+        results = iter(run(*{v: x for v, x in pairs if not isinstance(v, Literal)}.values()))
+        return [next(results) if var in kept else None for var in equation.outvars]
+
+    return function
+
+
 def is_traced(*values) -> bool:
     """Whether any leaf of `values` is a tracer (of jit, grad or vmap)."""
     return any(

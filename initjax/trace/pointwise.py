@@ -27,7 +27,7 @@ def is_pointwise(equation: Equation, shapes: list[tuple[int, ...]], out_shape: t
     name = equation.name
     if name in _KNOWN:
         return True
-    if name in _NEVER or len(equation.outputs) != 1 or any(s not in ((), out_shape) for s in shapes):
+    if name in _NEVER or not shapes or len(equation.outputs) != 1 or any(s not in ((), out_shape) for s in shapes):
         return False
     try:
         key = tuple(sorted((k, v) for k, v in equation.params.items()))

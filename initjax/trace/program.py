@@ -77,18 +77,31 @@ def trace_program(functional: Functional, leaves: tuple[LeafStats, ...], x) -> P
                 raise _custom_vjp(error) from error
             closed = traced(jnp.float32)  # a model that insists on float32, as in the carry of a scan
     outputs = closed.out_avals
-    if len(outputs) != 2 or not jnp.issubdtype(outputs[0].dtype, jnp.floating):
-        given = ", ".join(f"{a.dtype}{list(a.shape)}" for a in outputs[: len(outputs) // 2])
-        raise UnsupportedLayerError(
-            f"the model's output is ({given})",
-            "one floating array, first axis the examples",
-            "a kernel is the covariance of one output",
-            "return one of them, for example as a pair (init_fn, lambda params, x: apply_fn(params, x)[0])",
-            layer="output",
-        )
+    _check_outputs(outputs[: len(outputs) // 2])
     with tracing_float64():  # unrolling a loop traces its body
         body = inline(closed)
     return Program(body, leaves, tuple(tuple(leaf.shape) for leaf in shapes), floating)
+
+
+def trace_model(functional: Functional, x, real) -> ClosedJaxpr:
+    """The model alone, without its tangent, at the shapes of `x`: weight leaves, then input leaves, to one output.
+
+    real : type of all that is floating; float32 where the model insists on it, as in the carry of a scan.
+    """
+
+    def traced(real) -> ClosedJaxpr:
+        def struct(leaf):
+            is_real = jnp.issubdtype(leaf.dtype, jnp.floating)
+            return jax.ShapeDtypeStruct(leaf.shape, real if is_real else leaf.dtype)
+
+        return jax.make_jaxpr(functional.apply)(*jax.tree.map(struct, (functional.abstract_params, x)))
+
+    try:
+        closed = traced(real)
+    except TypeError:
+        closed = traced(jnp.float32)
+    _check_outputs(closed.out_avals)
+    return closed
 
 
 def read_model(functional: Functional) -> tuple[LeafStats, ...]:
@@ -118,4 +131,17 @@ def _custom_vjp(error) -> UnsupportedLayerError:
         "of another gradient",
         "write the rule as jax.custom_jvp",
         primitive="custom_vjp_call",
+    )
+
+
+def _check_outputs(outputs) -> None:
+    if len(outputs) == 1 and jnp.issubdtype(outputs[0].dtype, jnp.floating):
+        return
+    given = ", ".join(f"{a.dtype}{list(a.shape)}" for a in outputs)
+    raise UnsupportedLayerError(
+        f"the model's output is ({given})",
+        "one floating array, first axis the examples",
+        "a kernel is the covariance of one output",
+        "return one of them, for example as a pair (init_fn, lambda params, x: apply_fn(params, x)[0])",
+        layer="output",
     )
