@@ -52,11 +52,19 @@ if TYPE_CHECKING:
     from initjax.meanfield import universality as universality
     from initjax.meanfield import variance_roots as variance_roots
     from initjax.reinit import FanReport as FanReport
+    from initjax.reinit import History as History
     from initjax.reinit import Plan as Plan
+    from initjax.reinit import Tuned as Tuned
+    from initjax.reinit import apjn as apjn
     from initjax.reinit import audit_fans as audit_fans
+    from initjax.reinit import gradinit as gradinit
     from initjax.reinit import labels as labels
+    from initjax.reinit import lsuv as lsuv
+    from initjax.reinit import metainit as metainit
     from initjax.reinit import plan as plan
     from initjax.reinit import reinitialize as reinitialize
+    from initjax.reinit import tune as tune
+    from initjax.reinit import weight_norm_init as weight_norm_init
     from initjax.spectrum import condition_number as condition_number
     from initjax.spectrum import effective_rank as effective_rank
     from initjax.spectrum import extreme_eigenvalues as extreme_eigenvalues
@@ -112,6 +120,14 @@ _HOME = {
     "universality": "meanfield",
     "variance_roots": "meanfield",
     "FanReport": "reinit",
+    "History": "reinit",
+    "Tuned": "reinit",
+    "apjn": "reinit",
+    "gradinit": "reinit",
+    "lsuv": "reinit",
+    "metainit": "reinit",
+    "tune": "reinit",
+    "weight_norm_init": "reinit",
     "Plan": "reinit",
     "audit_fans": "reinit",
     "labels": "reinit",

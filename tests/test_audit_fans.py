@@ -41,7 +41,10 @@ BROKEN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BROKEN)
+SLOW = {"ConvLocal", "ConvTranspose, kernel transposed", "ConvTranspose"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in BROKEN])
 def test_the_wrong_flax_defaults_are_found_and_fixed_to_unit_variance(name):
     model, shape, fan, ratio = BROKEN[name]
     x = jax.random.normal(KEY, shape, jnp.float32)

@@ -222,6 +222,7 @@ def test_dirac_copies_each_group():
         assert not y[..., 8 * group + 4 : 8 * group + 8].any()
 
 
+@pytest.mark.slow
 def test_mirrored_network_is_zero_and_its_tangent_kernel_that_of_its_pairs():
     """With scale 2^-1/2: hidden block as the half network's, readout block, a sum over all units, twice as large."""
     x = jax.random.normal(jax.random.key(0), (4, 5))

@@ -273,7 +273,9 @@ def _met(index: int, equation: Equation, number: int, value: Weights, depth: int
         if len(views) == 1:
             axes, plain = _axes(views[0], roles, body, kind)
         factor = views[0].factor if plain else 1.0
-        found.append(Use(leaf, kind, *axes, fan_in, fan_out, factor, plain, depth, index, equation.name))
+        batch, window, inputs, outputs = axes
+        roles_of = (batch, window, inputs, outputs)
+        found.append(Use(leaf, kind, *roles_of, fan_in, fan_out, factor, plain, depth, index, equation.name))
     return found
 
 
