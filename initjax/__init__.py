@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from initjax.errors import InputError as InputError
     from initjax.errors import NoCriticalPointError as NoCriticalPointError
     from initjax.errors import NotElementwiseError as NotElementwiseError
+    from initjax.errors import PartialKernelError as PartialKernelError
     from initjax.errors import QuadratureError as QuadratureError
     from initjax.errors import UnattainableTargetError as UnattainableTargetError
     from initjax.errors import UnnormalisedInputsWarning as UnnormalisedInputsWarning
@@ -88,6 +89,7 @@ _HOME = {
     "InputError": "errors",
     "NoCriticalPointError": "errors",
     "NotElementwiseError": "errors",
+    "PartialKernelError": "errors",
     "QuadratureError": "errors",
     "UnattainableTargetError": "errors",
     "UnnormalisedInputsWarning": "errors",

@@ -69,6 +69,26 @@ class UnsupportedLayerError(InputError):
         return type(self), (self.given, self.accepted, self.why, self.remedy, self.layer, self.primitive)
 
 
+class PartialKernelError(RuntimeError):
+    """A kernel that stopped before it was complete; what is done is kept.
+
+    Attributes
+    ----------
+    kernel : NumPy array of the whole kernel, NaN where it is missing.
+    done : which pairs of examples are complete, bool (n1, n2).
+    resume : `resume()` computes what is missing and returns the kernel.
+    """
+
+    def __init__(self, kernel, done, resume, error):
+        self.kernel, self.done, self.resume = kernel, done, resume
+        super().__init__(
+            f"{done.mean():.0%} of the kernel was computed when {type(error).__name__} was raised: {error}\n"
+            "  Accepted: programs that run to their end on every block\n"
+            "  Why: a block failed, or was interrupted; the others are in `.kernel`, NaN where missing\n"
+            "  Try: `.resume()` once the cause is gone; where memory ran out, a smaller memory=..."
+        )
+
+
 class UnstableCriticalPointWarning(UserWarning):
     """The returned point has chi_1 = 1, but the variance map leaves it (chi_q > 1)."""
 

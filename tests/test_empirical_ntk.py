@@ -11,6 +11,7 @@ from oracles.jacobian import gram
 import initjax as ij
 import initjax.empirical.features as features_module
 import initjax.empirical.job as job_module
+import initjax.empirical.tiles as tiles_module
 from initjax.empirical.blocks import as_bytes
 
 DTYPE = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
@@ -180,6 +181,23 @@ def test_memory_is_given_in_bytes_or_in_words():
     assert as_bytes("1.5k") == 1500 and as_bytes(None) > 0
 
 
+@pytest.mark.parametrize("outputs", ["trace", "full"])
+def test_kernel_stays_within_its_budget_down_to_the_smallest_that_works(outputs):
+    model = Mixed()
+    params = model.init(jax.random.key(2), X)["params"]
+    free = ij.empirical_ntk(model, outputs=outputs).explain(params, X)
+    with pytest.raises(ij.InputError, match=r"at least [\d,]+ bytes") as refused:
+        ij.empirical_ntk(model, outputs=outputs, memory=100)(params, X)
+    smallest = int(refused.value.accepted.split()[2].replace(",", ""))
+    assert smallest < free.bytes / 2
+    ntk_fn = ij.empirical_ntk(model, outputs=outputs, memory=smallest)
+    table = ntk_fn.explain(params, X)
+    assert table.bytes <= smallest and table.examples == (1, 1)
+    assert_kernel(ntk_fn(params, X), reduced(gram(lambda p, x: model.apply({"params": p}, x), params, X), outputs))
+    with pytest.raises(ij.InputError, match="at least"):
+        ij.empirical_ntk(model, outputs=outputs, memory=smallest - 1)(params, X)
+
+
 def test_kernels_of_single_parameters_sum_to_the_kernel():
     model = TiedNorm()
     params = model.init(jax.random.key(2), X)["params"]
@@ -215,14 +233,13 @@ def test_ntk_under_jit_vmap_and_grad():
     np.testing.assert_allclose(slope, 8 * 16 * 3, rtol=1e-14)
 
 
-def test_trees_of_inputs_integers_and_empty_batches():
+def test_trees_of_inputs_and_integers():
     table = jax.random.normal(jax.random.key(5), (4, 3), DTYPE)
     apply = lambda p, x: p["table"][x["ids"]] * x["weight"][:, None]  # noqa: E731
     x = {"ids": jnp.array([0, 2, 2]), "weight": jnp.array([1.0, 2.0, 3.0], DTYPE)}
     kernel = ij.empirical_ntk(apply)({"table": table, "steps": jnp.array(3)}, x)
     # d f_o / d table[i, o] = weight where the ids agree
     np.testing.assert_array_equal(kernel, [[1, 0, 0], [0, 4, 6], [0, 6, 9]])
-    assert ij.empirical_ntk(apply)({"table": table}, x, jax.tree.map(lambda a: a[:0], x)).shape == (3, 0)
 
 
 @pytest.mark.x64_off
@@ -248,6 +265,60 @@ def test_network_that_couples_examples_is_refused():
         ij.InputError, match=r"changes with another example[\s\S]*batch normalisation[\s\S]*train=False"
     ):
         ij.empirical_ntk(BatchNorm())(params, X)
+    # unless it is allowed: then the batch is one unit
+    kernel = ij.empirical_ntk(BatchNorm(), coupled=True)(params, X, X)
+    assert_kernel(kernel, reduced(gram(lambda p, x: BatchNorm().apply(p, x), params, X), "trace"))
+    embedded = lambda p, ids: jnp.tanh(p[ids] - p[ids].mean(0, keepdims=True))  # noqa: E731
+    with pytest.raises(ij.InputError, match=r"changes with another example"):
+        ij.empirical_ntk(embedded)(X, jnp.array([1, 2, 3]))
+
+
+class Stateful(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.BatchNorm(use_running_average=not train, param_dtype=DTYPE, dtype=DTYPE)(x)
+        x = nn.Dropout(0.5, deterministic=False)(nn.Dense(4, param_dtype=DTYPE)(x))
+        return nn.Dense(2, param_dtype=DTYPE)(jnp.tanh(x))
+
+
+@jax.numpy_dtype_promotion("standard")  # as Flax mixes dtypes
+def test_given_batch_statistics_and_dropout_streams_are_used():
+    model, key = Stateful(), jax.random.key(3)
+    variables = model.init({"params": key, "dropout": key}, X, train=False)
+    ntk_fn = ij.empirical_ntk(model, apply_kwargs=dict(train=False), rngs={"dropout": key})
+    for scale in (1.0, 2.0):  # the second call must not see the statistics of the first
+        variables["batch_stats"] = jax.tree.map(lambda a, scale=scale: a * scale + 0.5, variables["batch_stats"])
+        apply = lambda p, x: model.apply({**variables, "params": p}, x, train=False, rngs={"dropout": key})  # noqa: B023, E731
+        one = gram(apply, variables["params"], X[:1])  # a mask for each example of a batch is not one network
+        assert_kernel(ntk_fn(variables, X[:1]), reduced(one, "trace"))
+
+
+def test_blocks_that_are_done_survive_a_failing_one(monkeypatch):
+    model = Mlp()
+    params = model.init(jax.random.key(2), X)["params"]
+    tiling = job_module.tiling
+    monkeypatch.setattr(job_module, "tiling", lambda *args: tiling(*args)._replace(rows=2, columns=2, resident=False))
+    calls = []
+    ntk_fn = ij.empirical_ntk(model)
+    whole = ntk_fn(params, X)
+    ntk_fn = ij.empirical_ntk(model)
+    run_tiles = tiles_module.Run._tiles
+
+    def tiles_until(self):
+        for i, tile in enumerate(run_tiles(self)):
+            if i == 3 and not calls:
+                calls.append(1)
+                raise RuntimeError("out of memory")
+            yield tile
+
+    monkeypatch.setattr(tiles_module.Run, "_tiles", tiles_until)
+    with pytest.raises(ij.PartialKernelError, match=r"of the kernel was computed[\s\S]*resume") as stopped:
+        ntk_fn(params, X)
+    error = stopped.value
+    np.testing.assert_array_equal(error.done, np.maximum.outer(range(5), range(5)) < 4)  # tiles of two examples
+    np.testing.assert_array_equal(np.isnan(error.kernel), ~error.done)
+    np.testing.assert_array_equal(error.kernel[error.done], whole[error.done])
+    np.testing.assert_array_equal(error.resume(), whole)
 
 
 @pytest.mark.parametrize(
@@ -285,8 +356,22 @@ def test_bad_calls_get_four_part_errors(options, x, message):
 def test_wrong_networks_parameters_and_pairs_get_four_part_errors():
     model = Mlp()
     variables = model.init(jax.random.key(2), X)
-    with pytest.raises(ij.InputError, match=r"batch_stats[\s\S]*freshly initialized"):
-        ij.empirical_ntk(model)({**variables, "batch_stats": {}}, X)
+    with pytest.raises(ij.InputError, match=r"no examples[\s\S]*at least one"):
+        ij.empirical_ntk(model)(variables, X[:0])
+    with pytest.raises(ij.InputError, match=r"int32[\s\S]*astype"):
+        ij.empirical_ntk(model)(variables, jnp.ones((5, 6), jnp.int32))
+    with pytest.raises(ij.InputError, match=r"structures[\s\S]*same keys"):
+        ij.empirical_ntk(lambda p, x: x["a"] @ p)(jnp.ones((6, 1), DTYPE), {"a": X}, X)
+    with pytest.raises(ij.InputError, match=r"KeyError[\s\S]*check the shape"):
+        ij.empirical_ntk(lambda p, x: x @ p["w"])({"v": jnp.ones((6, 1), DTYPE)}, X)
+    with pytest.raises(ij.InputError, match=r"complex128[\s\S]*two real parameters"):
+        ij.empirical_ntk(lambda p, x: jnp.real(x @ p))(jnp.ones((6, 1), complex), X)
+    with pytest.raises(ij.InputError, match=r"gradients, though its outputs are finite[\s\S]*overflows"):
+        ij.empirical_ntk(lambda p, x: jnp.sqrt(x @ p))(jnp.zeros((6, 1), DTYPE), X)
+    with pytest.raises(ij.InputError, match=r"the parameter Dense_0/bias with entries that are NaN"):
+        broken = jax.tree.map(lambda a: a, variables["params"])
+        broken["Dense_0"]["bias"] = broken["Dense_0"]["bias"].at[0].set(jnp.nan)
+        ij.empirical_ntk(model)(broken, X)
     with pytest.raises(ij.InputError, match=r"leaf shapes[\s\S]*Dense_0/kernel"):
         ij.empirical_ntk(model)({"w": X}, X)
     with pytest.raises(ij.InputError, match=r"the class Mlp"):

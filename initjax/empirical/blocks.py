@@ -21,11 +21,13 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "
 # blocks beyond what memory asks for, to save half of a symmetric kernel
 MOST_SPLIT = 8
 LEAST_ROWS = 32
+# a tile's own time, and that of a byte of a layer's values in a pass, in operations of a large product
+CALL, PASS = 3e7, 50.0
 
 
 class Tiling(NamedTuple):
     """`rows` and `columns` of examples in a tile, `outputs` per chunk, the routes, the bytes they should take, and the
-    number of pairs of examples that are worked on."""
+    number of pairs of examples that are worked on; `resident` if the features of all blocks are kept."""
 
     rows: int
     columns: int
@@ -33,6 +35,7 @@ class Tiling(NamedTuple):
     routes: tuple[Route, ...]
     bytes: int
     pairs: int
+    resident: bool
 
 
 def as_bytes(memory: Any) -> int:
@@ -77,14 +80,14 @@ def tiling(
         size = -(-max(n1, n2) // blocks)
         if best is not None and (not symmetric or blocks > MOST_SPLIT or size < LEAST_ROWS):
             break
-        found, work = _at(plan, params, n1, n2, k, k, outputs, dtype, symmetric, size)
+        found, work = _at(plan, params, n1, n2, k, k, outputs, dtype, symmetric, size, budget)
         if found.bytes <= budget and work < least:
             best, least = found, work
     if best is not None:
         return best
     chunk = k
     while True:
-        found, _ = _at(plan, params, n1, n2, k, chunk, outputs, dtype, symmetric, 1)
+        found, _ = _at(plan, params, n1, n2, k, chunk, outputs, dtype, symmetric, 1, budget)
         if found.bytes <= budget or chunk == 1:
             return found
         chunk = -(-k // (-(-k // chunk) + 1)) if chunk > 2 else 1
@@ -98,16 +101,27 @@ def _block_numbers(n):
     yield max(n, 1)
 
 
-def _at(plan, params, n1, n2, k, chunk, outputs, dtype, symmetric, size):
+def _at(plan, params, n1, n2, k, chunk, outputs, dtype, symmetric, size, budget):
     """The tiling with blocks of `size` examples, and its work."""
     size = max(size, 1)
     rows, columns = min(size, max(n1, 1)), min(size, max(n2, 1))
     blocks = -(-n1 // rows), -(-n2 // columns)
-    program, bytes_ = plan.program, dtype.itemsize
+    # the features of all blocks of a symmetric kernel may be kept, where they fit; else they are computed for each tile
+    found = []
+    for resident in (True, False) if symmetric and chunk == k and 1 < blocks[0] else (False,):
+        found.append(
+            _with(plan, params, n1, n2, k, chunk, outputs, dtype, symmetric, (rows, columns), blocks, resident)
+        )
+    fitting = [option for option in found if option[0].bytes <= budget] or found
+    return min(fitting, key=lambda option: option[1])
+
+
+def _with(plan, params, n1, n2, k, chunk, outputs, dtype, symmetric, tile_sizes, blocks, resident):
+    (rows, columns), program, bytes_ = tile_sizes, plan.program, dtype.itemsize
     chosen, work = [], 0.0
     for term in plan.direct:
         route, cost = choose(
-            term, program.avals[term.weight].size, (n1, n2), blocks, k, chunk, outputs, symmetric, bytes_
+            term, program.avals[term.weight].size, (n1, n2), blocks, k, chunk, outputs, symmetric, bytes_, resident
         )
         chosen.append(route)
         work += cost
@@ -126,7 +140,11 @@ def _at(plan, params, n1, n2, k, chunk, outputs, dtype, symmetric, size):
     tile = bytes_ * rows * columns * (max((r.cells for r in chosen), default=0) + 3 * cross)
     tile += 3 * CACHE * any(route.name == "streamed" for route in chosen)
     weights = sum(np.size(leaf) for leaf in leaves) * bytes_ * any(t.scale for t in plan.direct)
-    two = rows + (0 if symmetric and blocks[0] == 1 else columns)
-    need = two * features + max(max(rows, columns) * passes, tile) + weights
+    live = n1 if resident else rows + (0 if symmetric and blocks[0] == 1 else columns)
+    need = live * features + max(max(rows, columns) * passes, tile) + weights
+    # a call costs some time of its own, and passes are repeated with the features
+    calls = blocks[0] * (blocks[0] + 1) / 2 if symmetric else blocks[0] * blocks[1]
+    repeats = 1 if resident or calls == 1 else (blocks[0] + 1) / 2 if symmetric else blocks[0]
+    work += CALL * calls + PASS * repeats * (n1 if symmetric else n1 + n2) * (1 + k) * sum(values)
     pairs = rows * columns * (blocks[0] * (blocks[0] + 1) // 2 if symmetric else blocks[0] * blocks[1])
-    return Tiling(rows, columns, chunk, tuple(chosen), int(need), pairs), work
+    return Tiling(rows, columns, chunk, tuple(chosen), int(need), pairs, resident), work

@@ -132,7 +132,7 @@ def _record(plan, terms, shared, x, start, chunk):
 
         full = {n: jnp.broadcast_to(zero, program.avals[n].shape) for n, zero in zeros.items()}
         out, pullback, seen = jax.vjp(forward, {n: full[n] for n in tapped}, {n: full[n] for n in alone}, has_aux=True)
-        basis = jax.nn.one_hot(start + jnp.arange(chunk), out.size, dtype=out.dtype)
+        basis = jax.nn.one_hot(start + jnp.arange(chunk, dtype=jnp.int32), out.size, dtype=out.dtype)
         return *jax.vmap(pullback)(basis), seen
 
     return jax.vmap(one_example)(x)

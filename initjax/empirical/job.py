@@ -35,19 +35,21 @@ class Job:
             if _kinds(self.plans[0]) != _kinds(self.plans[1]):  # such as one position beside several
                 self.plans = plan(x1, False), plan(x2, False)
         self.names = self.plans[0].program.names
-        self._peaks: dict = {}
+        _refuse_numbers(self.plans[0].program, x1)
 
-    def fit(self, params, x1, x2, budget: int) -> Tiling:
+    def fit(self, params, x1, x2, budget: int, devices: int = 1) -> Tiling:
         """The tiling with the least work whose compiled programs stay within `budget` bytes.
 
-        Tracers are not compiled by themselves: then the count from the program has to do.
+        Tracers are not compiled by themselves, nor are programs of several devices, whose rows it divides: then the
+        count from the program has to do.
         """
         n1, n2 = (len(jax.tree.leaves(x)[0]) for x in (x1, x1 if x2 is None else x2))
         symmetric, guess = x2 is None, float(budget)
+        n1, n2 = -(-n1 // devices), -(-n2 // devices)
         while True:
             tiles = tiling(self.plans[0], params, n1, n2, self.k, self.outputs, self.dtype, symmetric, guess)
-            if is_traced(params, x1, x2):
-                return tiles
+            if is_traced(params, x1, x2) or devices > 1:
+                return tiles._replace(resident=False)
             tiles = tiles._replace(bytes=self.peak(tiles, params, x1, x2))
             if tiles.bytes <= budget:
                 return tiles
@@ -63,58 +65,68 @@ class Job:
 
     def peak(self, tiles: Tiling, params, x1, x2) -> int:
         """Bytes that the compiled programs of a tiling hold at once, beside parameters, inputs and the kernel."""
-        (features1, features2), contract = self.programs(tiles)
+        (features1, features2), contract = self.programs(tiles._replace(bytes=0))
         symmetric = x2 is None
         n1, n2 = (len(jax.tree.leaves(x)[0]) for x in (x1, x1 if symmetric else x2))
         block1 = _abstract_block(x1, tiles.rows)
-        block2 = block1 if symmetric else _abstract_block(x2, tiles.columns)
-        key = tiles[:4], symmetric, n1 > tiles.rows, signature((params, block1, block2))
-        if key in self._peaks:
-            return self._peaks[key]
-        left, passes = _analyse(features1, params, block1, 0)
+        left, passes = features1.prepare(params, block1, START)
         right = left
         if not symmetric:
-            right, more = _analyse(features2, params, block2, 0)
+            right, more = features2.prepare(params, _abstract_block(x2, tiles.columns), START)
             passes = max(passes, more)
-        several = not symmetric or n1 > tiles.rows or tiles.outputs < self.k
-        tile = [_analyse(contract, left, right, same) for same in {symmetric, not several}]
-        held = _bytes(left) + (_bytes(right) if several else 0)
-        mirror = 2 if symmetric and several else 1
-        most = max(temporary + mirror * _bytes(out) for out, temporary in tile)
-        self._peaks[key] = max(_bytes(left) * several + passes + _bytes(right), held + most)
-        return self._peaks[key]
+        single = n1 <= tiles.rows and n2 <= tiles.columns and tiles.outputs >= self.k
+        kinds = [symmetric] if symmetric and single else [True, False] if symmetric else [False]
+        tile = [contract[same].prepare(left, right) for same in kinds]
+        most = max(temporary + (1 + (not single)) * _bytes(out) for out, temporary in tile)
+        one = _bytes(left) + (_bytes(right) if not (symmetric and single) else 0)
+        held = _bytes(left) * -(-n1 // tiles.rows) + _bytes(right) * (not symmetric) if tiles.resident else one
+        return held + max(passes, most)
 
     @functools.cache  # noqa: B019  a job lives as long as its network
     def programs(self, tiles: Tiling):
-        """`features(side)(params, block, start)` and `contract(left, right, same)`, compiled on their first use."""
+        """`features[side](params, block, start)` and `contract[same](left, right)`."""
 
-        def features_of(side):
-            plan = self.plans[side]
+        def features_of(plan, params, x, start):
+            options: dict = dict(chunk=tiles.outputs, outputs=self.outputs, dtype=self.dtype, by_leaf=self.by_leaf)
+            return features.compute(plan, tiles.routes, params, x, start, **options)
 
-            def compute(params, x, start):
-                return features.compute(
-                    plan,
-                    tiles.routes,
-                    params,
-                    x,
-                    start,
-                    chunk=tiles.outputs,
-                    outputs=self.outputs,
-                    dtype=self.dtype,
-                    by_leaf=self.by_leaf,
-                )
-
-            return jax.jit(compute)
-
-        @functools.partial(jax.jit, static_argnames="same")
-        def contract(left, right, same):
+        def contract(same, left, right):
             tile = features.contract(self.plans[0], tiles.routes, left, right, self.outputs, same, self.by_leaf)
             if same:
                 # the product of a block with itself is symmetric up to rounding only
                 tile = (tile + mirrored(tile, self.outputs)) / np.asarray(2, self.dtype)
             return tile / np.asarray(self.k, self.dtype) if self.outputs == "trace" else tile
 
-        return (features_of(0), features_of(0) if self.plans[0] is self.plans[1] else features_of(1)), contract
+        sides = [Compiled(functools.partial(features_of, plan)) for plan in self.plans]
+        if self.plans[0] is self.plans[1]:
+            sides[1] = sides[0]
+        return sides, {same: Compiled(functools.partial(contract, same)) for same in (False, True)}
+
+
+class Compiled:
+    """A jitted function that may be compiled before it runs."""
+
+    def __init__(self, function):
+        self._jitted, self._ready = jax.jit(function), {}
+
+    def prepare(self, *arguments):
+        """Shapes of the results for arrays or shapes, and the bytes of temporary values."""
+        key = signature(arguments)
+        if key not in self._ready:
+            lowered = self._jitted.lower(*arguments)
+            self._ready[key] = lowered.out_info, lowered.compile()
+        out, compiled = self._ready[key]
+        return out, compiled.memory_analysis().temp_size_in_bytes
+
+    def __call__(self, *arguments):
+        ready = None if is_traced(arguments) else self._ready.get(signature(arguments))
+        try:
+            return self._jitted(*arguments) if ready is None else ready[1](*arguments)
+        except (TypeError, ValueError):  # arrays that live elsewhere, or are Python numbers
+            return self._jitted(*arguments)
+
+
+START = np.int32(0)
 
 
 def mirrored(tile, outputs: str):
@@ -124,10 +136,18 @@ def mirrored(tile, outputs: str):
     return tile.swapaxes(-2, -1) if outputs == "trace" else tile.swapaxes(-3, -2)
 
 
-def _analyse(function, *arguments):
-    """Shapes of the results of a jitted function, and the bytes of its temporary values."""
-    lowered = function.lower(*arguments)
-    return lowered.out_info, lowered.compile().memory_analysis().temp_size_in_bytes
+def _refuse_numbers(program, x):
+    """Integers that become floating-point numbers are no indices: raw pixels, most often."""
+    integers = [n for n in program.data if jnp.issubdtype(program.avals[n].dtype, jnp.integer)]
+    for step in program.steps:
+        found = [n for n in step.inputs if n in integers]
+        if found and step.name == "convert_element_type" and step.eqn.params["new_dtype"].kind == "f":
+            raise InputError(
+                f"inputs of dtype {program.avals[found[0]].dtype} that the network takes as numbers",
+                "floating-point inputs; integers as indices of rows",
+                "integers, such as raw pixels from 0 to 255, are rarely the scale a network is meant for",
+                "convert and scale them: x.astype(jnp.float32) / 255",
+            )
 
 
 def _bytes(tree) -> int:

@@ -12,15 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from initjax.errors import InputError
-from initjax.trace.flax import as_functional, check_array, leaf_names
+from initjax.trace.flax import as_functional, cannot_call, check_array, leaf_names
 from initjax.trace.jaxpr import is_traced
 
 
 class Network:
     """`model_or_apply_fn` made ready for Jacobians; a Flax model is resolved on the first inputs it meets."""
 
-    def __init__(self, model_or_apply_fn: Any):
-        self._model = model_or_apply_fn
+    def __init__(self, model_or_apply_fn: Any, apply_kwargs: dict | None = None, rngs: Any = None):
+        self._model, self._options = model_or_apply_fn, dict(apply_kwargs=apply_kwargs, rngs=rngs)
+        self._collections: dict = {}
+        self.version = 0  # of what is not trained
         self._functional: Any = None
         self._apply: Any = model_or_apply_fn if _is_apply_fn(model_or_apply_fn) else None
         self._independent = False
@@ -29,21 +31,13 @@ class Network:
         """Resolve the model on `x`; the parameter tree its `apply` takes, from what the user calls its parameters."""
         if self._apply is not None:
             return params
-        if self._functional is None:
-            example = one_example(x) if is_traced(x) else jax.tree.map(lambda a: jnp.asarray(a)[:1], x)
-            self._functional = as_functional(self._model, example)
+        collections: dict = {}
+        if isinstance(params, Mapping) and "params" in params and self._is_linen(x):
+            collections, params = {name: part for name, part in params.items() if name != "params"}, params["params"]
+        self._resolve(x, collections)
         functional = self._functional
         if params is None and functional.values is not None:
             return functional.values
-        if functional.kind == "linen" and isinstance(params, Mapping) and "params" in params:
-            if others := sorted(set(params) - {"params"}):
-                raise InputError(
-                    f"variables of a linen module with the collections {['params', *others]}",
-                    'the tree of trainable parameters, variables["params"]',
-                    f"the kernel would be that of a freshly initialized {', '.join(others)}, not of the given one",
-                    'give a function: empirical_ntk(lambda p, x: model.apply({**variables, "params": p}, x))',
-                )
-            params = params["params"]
         expected, names = functional.abstract_params, functional.leaf_names
         if _shapes(params) != _shapes(expected):
             raise InputError(
@@ -56,9 +50,25 @@ class Network:
         # an nnx.State and the plain dictionary of its values have the same leaves in the same order
         return jax.tree.unflatten(jax.tree.structure(expected), jax.tree.leaves(params))
 
+    def _is_linen(self, x):
+        self._resolve(x, self._collections)
+        return self._functional.kind == "linen"
+
+    def _resolve(self, x, collections):
+        """The model as functions, with these values of what is not trained."""
+        old, new = (jax.tree.leaves(part) for part in (self._collections, collections))
+        if self._functional is not None and len(old) == len(new) and all(a is b for a, b in zip(old, new, strict=True)):
+            return
+        example = one_example(x) if is_traced(x) or _is_abstract(x) else jax.tree.map(lambda a: jnp.asarray(a)[:1], x)
+        self._functional = as_functional(self._model, example, collections=collections, **self._options)
+        self._collections, self.version = collections, self.version + 1
+
     def outputs(self, params: Any, x: Any) -> int:
         """Number of outputs for one example, over all arrays the network returns."""
-        result = jax.eval_shape(self._call, params, one_example(x))
+        try:
+            result = jax.eval_shape(self._call, params, one_example(x))
+        except Exception as error:
+            raise cannot_call(self._model, x, dict(self._options["apply_kwargs"] or {}), error) from error
         leaves = jax.tree.leaves(result)
         real = all(jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.shape[:1] == (1,) for leaf in leaves)
         if not leaves or not real:
@@ -72,9 +82,10 @@ class Network:
 
     def check_independent(self, params: Any, x: Any):
         """Refuse, once, a network in which an example has a derivative with respect to another one."""
-        differentiable = all(jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating) for leaf in jax.tree.leaves(x))
-        if self._independent or not differentiable or is_traced(params, x) or examples(x, "x") < 2:
+        if self._independent or is_traced(params, x) or _is_abstract(x) or examples(x, "x") < 2:
             return
+        if not all(jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in jax.tree.leaves(x)):
+            return self._check_alone(params, x)
 
         @jax.jit
         def influence(params, x):
@@ -86,19 +97,38 @@ class Network:
         other, own = influence(params, jax.tree.map(lambda a: jnp.asarray(a[:2]), x))
         # exactly zero but for convolution algorithms that transform whole batches
         if float(other) > 1e-3 * float(own):
-            raise InputError(
-                f"a network whose output on one example changes with another example (derivative {float(other):.3g}, "
-                f"beside {float(own):.3g} with respect to its own)",
-                "a network that treats each example alone",
-                "Theta(x, x') then depends on the whole batch, as with batch normalisation in training mode",
-                "evaluate with stored statistics, for example "
-                "empirical_ntk(lambda p, x: model.apply({**variables, 'params': p}, x, train=False))",
-            )
+            raise _coupled(f"derivative {float(other):.3g}, beside {float(own):.3g} with respect to its own")
+        self._independent = True
+
+    def _check_alone(self, params, x):
+        """The same for inputs without derivatives: an example alone against the same one beside another."""
+
+        @jax.jit
+        def change(params, x):
+            beside = jax.tree.leaves(self._call(params, x))
+            alone = jax.tree.leaves(self._call(params, jax.tree.map(lambda a: a[:1], x)))
+            difference = [jnp.max(jnp.abs(a[:1] - b), initial=0.0) for a, b in zip(beside, alone, strict=True)]
+            return difference, [jnp.max(jnp.abs(b), initial=0.0) for b in alone]
+
+        difference, size = (float(max(map(float, part))) for part in change(params, jax.tree.map(lambda a: a[:2], x)))
+        # rounding of float32 products of other shapes
+        if difference > 1e-3 * size:
+            raise _coupled(f"by {difference:.3g}, of {size:.3g}")
         self._independent = True
 
     def _call(self, params: Any, x: Any) -> Any:
         apply = self._apply if self._functional is None else self._functional.apply
         return apply(params, x)
+
+
+def _coupled(detail):
+    return InputError(
+        f"a network whose output on one example changes with another example ({detail})",
+        "a network that treats each example alone, or coupled=True",
+        "Theta(x, x') then depends on the whole batch, as with batch normalisation in training mode",
+        "evaluate with stored statistics: apply_kwargs=dict(train=False) (or use_running_average=True) and "
+        "params=variables with their batch_stats; coupled=True takes the batch as it is",
+    )
 
 
 def examples(x: Any, name: str) -> int:
@@ -114,7 +144,15 @@ def examples(x: Any, name: str) -> int:
             "the kernel has one row for each example",
             f"give {name}[None] for a single example, and close over arguments that are no examples",
         )
-    return int(lengths.pop() or 0)
+    n = int(lengths.pop() or 0)
+    if n == 0:
+        raise InputError(
+            f"{name} with no examples: leaves of the shapes {[np.shape(leaf) for leaf in leaves]}",
+            "at least one example",
+            "a kernel without rows says nothing",
+            "check the slice that made the batch",
+        )
+    return n
 
 
 def chosen_leaves(params: Any, params_filter: Any) -> tuple[bool, ...]:
@@ -134,6 +172,14 @@ def chosen_leaves(params: Any, params_filter: Any) -> tuple[bool, ...]:
     chosen = tuple(
         keep and jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for keep, leaf in zip(picked, leaves, strict=True)
     )
+    for name, leaf, keep in zip(names, leaves, picked, strict=True):
+        if keep and jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+            raise InputError(
+                f"the parameter {name} with dtype {jnp.result_type(leaf)}",
+                "real parameters",
+                "the gradient with respect to a complex parameter is no single vector",
+                "hold real and imaginary part as two real parameters, or leave it out with params_filter",
+            )
     if not any(chosen):
         raise InputError(
             f"params_filter={params_filter!r} on parameters {list(names)}",
@@ -174,6 +220,10 @@ def _matching(pattern, names):
 def one_example(x: Any) -> Any:
     """Shapes of a batch of one."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *np.shape(a)[1:]), jnp.result_type(a)), x)
+
+
+def _is_abstract(x):
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(x))
 
 
 def _input_shapes(x):

@@ -54,6 +54,7 @@ def choose(
     outputs: str,
     symmetric: bool,
     itemsize: int,
+    resident: bool,
 ) -> tuple[Route, float]:
     """The cheapest route for a weight of `size` entries and its cost, in operations of a large matrix product.
 
@@ -61,8 +62,8 @@ def choose(
     """
     (n1, n2), (b1, b2) = examples, blocks
     pairs = n1 * n2 * (b1 + 1) / (2 * b1) if symmetric else n1 * n2
-    # a block's features are computed for each tile of its row; in the first column they are kept
-    rows = n1 * (b1 + 1) / 2 if symmetric else n1 + n2 * b1
+    # of two blocks that meet, the first is kept and the second computed anew, unless all are kept
+    rows = (n1 if resident else n1 * (b1 + 1) / 2) if symmetric else n1 + n2 * b1
     tiled = n1 * b1 if symmetric else n1 * b2 + n2 * b1
     cross = k * k if outputs == "full" else k
     inner = 2 * pairs * cross * size

@@ -1,5 +1,6 @@
 """The kernel tile by tile: blocks of examples, chunks of outputs, one half where it is symmetric."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -7,66 +8,127 @@ import jax.numpy as jnp
 import numpy as np
 
 from initjax.empirical.blocks import Tiling
-from initjax.empirical.job import Job, mirrored
+from initjax.empirical.devices import Ring
+from initjax.empirical.job import START, Job, mirrored
+from initjax.errors import PartialKernelError
 from initjax.trace.jaxpr import is_traced
 
 
-def run(job: Job, tiles: Tiling, params: Any, x1: Any, x2: Any, shape: tuple[int, ...]) -> jax.Array:
-    """The kernel of the given shape: ([leaves,] n1, n2[, outputs ...])."""
-    symmetric = x2 is None
-    (features1, features2), contract = job.programs(tiles)
-    axis = int(job.by_leaf)
-    n1, n2 = shape[axis : axis + 2]
-    rows, columns = _starts(n1, tiles.rows), _starts(n2, tiles.columns)
-    chunks = range(0, job.k, tiles.outputs)
-    traced = is_traced(params, x1, x2)
-    if len(rows) == len(columns) == len(chunks) == 1:
-        left = features1(params, _block(x1, n1, 0, tiles.rows), 0)
-        right = left if symmetric else features2(params, _block(x2, n2, 0, tiles.columns), 0)
-        return contract(left, right, symmetric)
-    # on the host, unless under a transformation
-    kernel: Any = jnp.zeros(shape, job.dtype) if traced else np.zeros(shape, job.dtype)
+class Run:
+    """A kernel of the given shape, ([leaves,] n1, n2[, outputs ...]), and which of its tiles are done."""
 
-    def put(tile, index, add):
-        nonlocal kernel
-        index = (slice(None),) * axis + index
-        tile = tile[tuple(slice(0, len(range(*i.indices(n)))) for i, n in zip(index, shape, strict=True))]
-        if traced:
-            kernel = kernel.at[index].add(tile) if add else kernel.at[index].set(tile)
-        elif add:
-            kernel[index] += np.asarray(tile)
-        else:
-            kernel[index] = np.asarray(tile)
+    def __init__(self, job: Job, tiles: Tiling, params, x1, x2, shape: tuple[int, ...], ring: Ring | None = None):
+        self.job, self.tiles, self.shape, self.ring = job, tiles, shape, ring
+        self.params, self.x1, self.x2 = params, x1, x2
+        self.traced = is_traced(params, x1, x2)
+        self.kernel: Any = None
+        self.done: dict = {}
 
-    for a, row in enumerate(rows):
-        block = _block(x1, n1, row, tiles.rows)
-        for start in chunks:
-            left = features1(params, block, start)
-            for b in range(a + 1) if symmetric else range(len(columns)):
-                same, column = symmetric and a == b, columns[b]
-                here = slice(row, row + tiles.rows), slice(column, column + tiles.columns)
-                for other in chunks if job.outputs == "full" else (start,):
-                    one = same and other == start
-                    right = left if one else None
-                    if right is None:
-                        second = (
-                            _block(x1, n1, column, tiles.rows) if symmetric else _block(x2, n2, column, tiles.columns)
-                        )
-                        right = features2(params, second, other)
-                    tile = contract(left, right, one)
-                    left_outputs, right_outputs = (
-                        slice(start, start + tiles.outputs),
-                        slice(other, other + tiles.outputs),
-                    )
-                    at = {"trace": (), "diagonal": (left_outputs,), "full": (left_outputs, right_outputs)}[job.outputs]
-                    put(tile, (*here, *at), job.outputs == "trace")
-                    if symmetric and a != b:
-                        put(mirrored(tile, job.outputs), (*here[::-1], *at[::-1]), job.outputs == "trace")
-    return jnp.asarray(kernel)
+    def finish(self) -> jax.Array:
+        """The kernel; what is done already, by an earlier call that failed, is kept."""
+        job, tiles, symmetric = self.job, self.tiles, self.x2 is None
+        if self.traced:
+            return self._fill(jnp.zeros(self.shape, job.dtype))
+        n1, n2 = self._examples()
+        if n1 <= tiles.rows and n2 <= tiles.columns and tiles.outputs >= job.k and self.ring is None:
+            (features1, features2), contract = job.programs(tiles._replace(bytes=0))
+            left = features1(self.params, self.x1, START)
+            right = left if symmetric else features2(self.params, self.x2, START)
+            return contract[symmetric](left, right)
+        if self.kernel is None:  # tiles are put together on the host
+            self.kernel = np.zeros(self.shape, job.dtype)
+            self.x1, self.x2 = (None if x is None else jax.tree.map(np.asarray, x) for x in (self.x1, self.x2))
+        try:
+            return jnp.asarray(self._fill(self.kernel))
+        except (Exception, KeyboardInterrupt) as error:
+            kernel, (n1, n2) = np.full_like(self.kernel, np.nan), self._examples()
+            done, parts = np.zeros((n1, n2), bool), self._parts()
+            for corner, count in self.done.items():
+                here = self._at(*corner)
+                if count == parts:
+                    for at in (here, here[::-1]) if symmetric else (here,):
+                        index = (slice(None),) * job.by_leaf + at
+                        kernel[index], done[at] = self.kernel[index], True
+            raise PartialKernelError(kernel, done, self.finish, error) from error
 
+    def _at(self, row, column):
+        scale = 1 if self.ring is None else self.ring.size
+        return slice(row, row + self.tiles.rows * scale), slice(column, column + self.tiles.columns * scale)
 
-def _starts(n, size):
-    return range(0, n, size)
+    def _examples(self):
+        return self.shape[int(self.job.by_leaf) :][:2]
+
+    def _parts(self):
+        chunks = -(-self.job.k // self.tiles.outputs)
+        return chunks**2 if self.job.outputs == "full" else chunks
+
+    def _fill(self, kernel):
+        outputs, symmetric = self.job.outputs, self.x2 is None
+        for corner, at, tile in self._tiles():
+            here = self._at(*corner)
+            places: list = [(here, at, tile)]
+            if symmetric and corner[0] != corner[1]:
+                places.append((here[::-1], at[::-1], mirrored(tile, outputs)))
+            for where, chunks, values in places:
+                index = (slice(None),) * self.job.by_leaf + where + chunks
+                within = [slice(0, len(range(*i.indices(n)))) for i, n in zip(index, self.shape, strict=True)]
+                values = values[tuple(within)]
+                if not self.traced:
+                    kernel[index] = kernel[index] + values if outputs == "trace" else values
+                elif outputs == "trace":
+                    kernel = kernel.at[index].add(values)
+                else:
+                    kernel = kernel.at[index].set(values)
+            self.done[corner] = self.done.get(corner, 0) + 1
+        return kernel
+
+    def _tiles(self) -> Iterator:
+        """`((first row, first column), output slices, tile)` of each tile and chunk that is not done."""
+        job, tiles, symmetric, n1, n2 = self.job, self.tiles, self.x2 is None, *self._examples()
+        scale = 1 if self.ring is None else self.ring.size
+        size1, size2 = tiles.rows * scale, tiles.columns * scale
+        chunks = np.arange(0, job.k, tiles.outputs, dtype=np.int32)
+        (features1, features2), contract = job.programs(tiles._replace(bytes=0))
+        kept: dict = {}
+        seen: dict = {}
+
+        def block(second, start):
+            x, n, size = (self.x1, n1, size1) if symmetric or not second else (self.x2, n2, size2)
+            return _block(x, n, start, size)
+
+        def rows(start, chunk):
+            if (start, chunk) not in kept:
+                if not tiles.resident:
+                    kept.clear()
+                kept[start, chunk] = features1(self.params, block(False, start), chunk)
+            return kept[start, chunk]
+
+        def tile(row, column, chunk, other):
+            same = bool(symmetric and row == column and chunk == other)
+            if self.ring is not None:
+                first = block(False, row)
+                second = first if symmetric and row == column else block(True, column)
+                return self.ring.tile(job, tiles, self.params, first, second, chunk, other, same)
+            left = rows(row, chunk)
+            if same:
+                return contract[True](left, left)
+            if tiles.resident and symmetric:
+                return contract[False](left, rows(column, other))
+            return contract[False](left, features2(self.params, block(True, column), other))
+
+        for a, row in enumerate(range(0, n1, size1)):
+            columns = range(0, n2, size2)
+            for chunk in chunks:
+                for column in columns[: a + 1] if symmetric else columns:
+                    here = row, column
+                    for other in chunks if job.outputs == "full" else (chunk,):
+                        seen[here] = seen.get(here, 0) + 1
+                        if seen[here] <= self.done.get(here, 0):
+                            continue
+                        found = tile(row, column, chunk, other)
+                        of = tuple(slice(int(o), int(o) + tiles.outputs) for o in (chunk, other))
+                        at = {"trace": (), "diagonal": of[:1], "full": of}[job.outputs]
+                        yield here, at, found if self.traced else np.asarray(found)
 
 
 def _block(x, n, start, size):
@@ -74,4 +136,4 @@ def _block(x, n, start, size):
     if start == 0 and size == n:
         return x
     index = np.minimum(np.arange(start, start + size), n - 1)
-    return jax.tree.map(lambda a: jnp.asarray(a)[index], x)
+    return jax.tree.map(lambda a: a[index], x)

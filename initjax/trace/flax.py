@@ -72,7 +72,9 @@ def layer_of(leaf_name: str) -> str:
     return leaf_name.rpartition("/")[0] or leaf_name
 
 
-def as_functional(model, inputs, *, apply_kwargs: dict | None = None, rngs=None) -> Functional:
+def as_functional(
+    model, inputs, *, apply_kwargs: dict | None = None, rngs=None, collections: dict | None = None
+) -> Functional:
     """Turn a model into pure functions `init(key)` and `apply(params, x)`.
 
     Parameters
@@ -83,6 +85,7 @@ def as_functional(model, inputs, *, apply_kwargs: dict | None = None, rngs=None)
         `jax.ShapeDtypeStruct` leaves are accepted where only shapes matter.
     apply_kwargs : further keyword arguments of every call, such as `train=False`.
     rngs : further random streams by name, such as `{"dropout": key}`; fixed for every call.
+    collections : of a linen module, what is not trained, such as `{"batch_stats": ...}`, instead of its initial value.
 
     Returns
     -------
@@ -103,7 +106,7 @@ def as_functional(model, inputs, *, apply_kwargs: dict | None = None, rngs=None)
     _check_inputs(inputs)
     apply_kwargs, rngs = dict(apply_kwargs or {}), dict(rngs or {})
     if _is_linen(model):
-        kind, build = "linen", _from_linen
+        kind, build = "linen", functools.partial(_from_linen, given=collections)
     elif _is_nnx(model):
         kind, build = "nnx", _from_nnx_instance
     elif isinstance(model, tuple) and len(model) == 2 and all(callable(part) for part in model):
@@ -149,7 +152,7 @@ def _call_arguments(x) -> tuple[tuple, dict]:
     return (x,), {}
 
 
-def _from_linen(model, inputs, apply_kwargs, rngs):
+def _from_linen(model, inputs, apply_kwargs, rngs, given=None):
     from flax.core import meta
 
     def variables(key):
@@ -159,14 +162,14 @@ def _from_linen(model, inputs, apply_kwargs, rngs):
     inputs = _zeros_if_abstract(inputs)
     collections = _try(model, inputs, apply_kwargs, lambda: jax.eval_shape(variables, jax.random.key(0)))
     others = [name for name in collections if name != "params"]
-    state = {}
-    if others:
+    state = dict(given or {})
+    if others and not set(others) <= set(state):
 
         def initial_state(key):
             return {name: collection for name, collection in variables(key).items() if name != "params"}
 
         with jax.ensure_compile_time_eval():
-            state = jax.jit(initial_state)(jax.random.key(0))
+            state = {**jax.jit(initial_state)(jax.random.key(0)), **state}
 
     def init(key):
         return variables(key).get("params", {})
