@@ -201,7 +201,7 @@ def _horner(a: np.ndarray, b: np.ndarray, x: np.ndarray) -> np.ndarray:
     right = np.pad(b.reshape(len(b), m), [(0, pad), (0, -m % _PAD)])
     padded = np.pad(x.reshape(n, m), [(0, -n % _PAD), (0, -m % _PAD)])
     with float64():  # holds for one thread only
-        at, total = jnp.asarray(padded), jnp.zeros(padded.shape)
+        at, total = jnp.asarray(padded), np.zeros(padded.shape)
         for start in range(len(right) - CHUNK, -1, -CHUNK):
             chunk = slice(start, start + CHUNK)
             total = _terms(total, left[:, chunk], right[chunk], at)

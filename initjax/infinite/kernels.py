@@ -106,6 +106,7 @@ class KernelFunction:
         self.refusal: UnsupportedLayerError | None = None
         self._particles: Particles | None = None
         self._programs: dict[tuple, Program] = {}
+        self._sizes: dict[tuple, dict] = {}  # bytes of one pair of examples, by what is computed
 
     def __repr__(self) -> str:
         how = "exact" if self._particles is None else "estimated"
@@ -139,16 +140,16 @@ class KernelFunction:
         for batch, name in zip(batches, ("x1", "x2"), strict=False):
             for leaf in jax.tree.leaves(batch):
                 check_array(leaf, name)
-        get = _parts(get)
+        kind = (_parts(get), *(tuple(np.shape(leaf)[1:] for leaf in jax.tree.leaves(batch)) for batch in batches))
         if self._particles is not None:
-            return self._estimated(batches, get, _dtype(dtype))
-        walks = [(self.walk(batch)) for batch in batches] if not is_traced(*batches) else None
-        if walks is not None:
-            return self._compute(walks[0], None if same else walks[1], get, memory, _dtype(dtype), False)
+            return self._estimated(batches, kind[0], _dtype(dtype))
+        if not is_traced(*batches):
+            walks = [self.walk(batch) for batch in batches]
+            return self._compute(walks[0], None if same else walks[1], kind, memory, _dtype(dtype), False)
         dtype = jnp.result_type(*[leaf for leaf in jax.tree.leaves(batches) if is_traced(leaf)])
         with jax.numpy_dtype_promotion("standard"):  # tracers meet NumPy float64 constants
             walks = [self.walk(batch) for batch in batches]
-            kernel = self._compute(walks[0], None if same else walks[1], get, memory, np.float64, True)
+            kernel = self._compute(walks[0], None if same else walks[1], kind, memory, np.float64, True)
             return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), kernel)
 
     def walk(self, x) -> Walked:
@@ -200,8 +201,9 @@ class KernelFunction:
             forced_by=(self.refusal.layer,),
         )
 
-    def _compute(self, first: Walked, second: Walked | None, get, memory, dtype, traced: bool) -> Kernel:
-        found = evaluate(first, second, self.weights, self.eta, get, memory, dtype, traced)
+    def _compute(self, first: Walked, second: Walked | None, kind, memory, dtype, traced: bool) -> Kernel:
+        sizes = self._sizes.setdefault(kind, {})
+        found = evaluate(first, second, self.weights, self.eta, kind[0], memory, dtype, traced, sizes)
         notes = tuple(s.note for s in self.weights if s.note) + tuple(first.notes)
         layers, previous = [], 1.0
         for name, of in found.get("layers", {}).items():

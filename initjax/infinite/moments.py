@@ -33,6 +33,7 @@ from initjax.infinite.arrays import (
     scale,
     sum_matching,
 )
+from initjax.infinite.blocks import Block, example_axes
 from initjax.infinite.modes import (
     PAIRS,
     SAME,
@@ -56,6 +57,7 @@ from initjax.trace.maps import Axes, extents
 from initjax.trace.walk import INPUTS
 
 Leaves = dict[str, Array]  # weight leaf -> its part of a tangent moment
+_MANY = 64  # examples from which a table of Hermite coefficients is cheaper than a quadrature for each
 EVERYTHING = "<all leaves>"  # the one entry of tangent moments that are added up as they come
 
 
@@ -105,14 +107,18 @@ class Moments:
             for key in self._due.pop(a.number, ()):
                 self._forget(key)
 
-    def prepare(self, body) -> None:
-        """Same-example moments of everything behind a body, oldest first, which keeps the recursion shallow."""
-        plan = Schedule([body], SAME, WITHIN)
-        self.run(plan, plan)
-
     def expectation(self, body: Sum):
         """E[body] at every position; None where zero by structure."""
-        self.prepare(body)
+        plan = Schedule([body], SAME, WITHIN)
+        if any(WITHIN in modes for modes in plan.asked.values()):  # pairs of positions, of each example alone
+            at = example_axes([body], [])
+            if at is not None:
+                block = Moments(self.leaves)
+                (moved,) = Block(at, 0, body.axes[0].size).bodies([body])
+                plan = Schedule([moved], SAME, WITHIN)
+                block.run(plan, plan)
+                return block.mean_of(moved)
+        self.run(plan, plan)
         return self.mean_of(body)
 
     def _remember(self, kind, mode: Mode, x, y, compute):
@@ -246,7 +252,7 @@ class Moments:
         q2 = right(self.sides[1].variance(v), mode, b.axes, a.axes)
         k = self.moment(u, v, mode)
         if mode == SAME:
-            return cross(f, g, q1, q2, k)
+            return crosses([(f, g)], q1, q2, k)[0] if q1.size >= _MANY else cross(f, g, q1, q2, k)
         siblings = zip(self._first.functions.get(id(u), ()), self._second.functions.get(id(v), ()), strict=False)
         members = [(a, b)] + [(p, q) for p, q in siblings if self._waits(p, q, a, mode)]
         found = crosses([(self._leaf(p)[1], self._leaf(q)[1]) for p, q in members], q1, q2, k)
@@ -586,7 +592,10 @@ def _unrelated(a: Atom, b: Atom) -> bool:
     """Whether two atoms are Gaussians of different weights."""
     if not isinstance(a, (Base, Taps)) or not isinstance(b, (Base, Taps)):
         return False
-    return not any(related(p, q) for p in _taps(a) for q in _taps(b))
+    mine, yours = _taps(a), _taps(b)
+    if (mine[0].view.leaf, mine[0].view.tangent) != (yours[0].view.leaf, yours[0].view.tangent):
+        return True
+    return not any(related(p, q) for p in mine for q in yours)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -24,7 +24,7 @@ from initjax.trace.jaxpr import is_traced
 from initjax.trace.maps import Axes, extents, xp_of
 from initjax.trace.walk import INPUTS, Walked
 
-_TILE = 1 << 19  # bytes of the largest array of a tile: a few of them stay in the second-level cache
+_TILE = 1 << 21  # bytes of the largest array of a tile: it stays in the cache, and steps cost more than their dispatch
 _FEW = 128  # positions of all examples up to which a batch is one tile, and nothing need be counted
 _SCRATCH = 4  # arrays of that size that are alive, beside what is remembered, while one moment is computed
 
@@ -77,8 +77,12 @@ class Batch:
         return Side(output, tangent, layers, tangents, own, slice(start, stop), tiled)
 
 
-def evaluate(first: Walked, second: Walked | None, leaves, eta, get, memory, dtype, traced: bool) -> dict[str, Any]:
+def evaluate(
+    first: Walked, second: Walked | None, leaves, eta, get, memory, dtype, traced: bool, sizes: dict
+) -> dict[str, Any]:
     """The parts of a kernel that `get` names, and the statistics of its layers.
+
+    sizes : filled with the bytes that one pair of examples takes, or used if it holds them.
 
     Returns "nngp" and "ntk" (n1, n2); "leaves", leaf -> (n1, n2); "layers", name -> "q" (n1,), "q2" (n2,),
     "correlation" (n1, n2), "slope" and "gradient" (n1,) or None.
@@ -90,7 +94,7 @@ def evaluate(first: Walked, second: Walked | None, leaves, eta, get, memory, dty
     out = _Parts(one, two, leaves, eta, get, dtype)
     block, workers = max(one.n, two.n, 1), 1
     if not traced:
-        block, workers = _plan(out, memory)
+        block, workers = _plan(out, memory, sizes)
     with _pool(workers) as run:
         ours = list(run(lambda start: one.side(start, min(start + block, one.n)), range(0, one.n, block)))
         theirs = ours
@@ -227,7 +231,7 @@ class _Parts:
 # ------------------------------------------------------------------ memory
 
 
-def _plan(out: _Parts, memory) -> tuple[int, int]:
+def _plan(out: _Parts, memory, sizes: dict) -> tuple[int, int]:
     """Examples of a block, and how many tiles are worked on at once."""
     one, two = out.one, out.two
     most = max(one.n, two.n, 1)
@@ -236,14 +240,17 @@ def _plan(out: _Parts, memory) -> tuple[int, int]:
         return most, 1
     memory = budget(memory)
     results = out.count * one.n * two.n * np.dtype(out.dtype).itemsize
-    each = lone = small = 0
+    each = lone = small = widest = 0
     if one.at is not None and one.n and two.n:
-        a = one.side(0, 1, True)
-        b = a if two is one else two.side(0, 1, True)
-        pair = out.moments(a, b, True)
-        each = pair.peak + _SCRATCH * pair.largest
-        lone = max(s.own.peak + _SCRATCH * s.own.largest for s in (a, b))
-        small = one.n * a.own.small + (two.n * b.own.small if two is not one else 0)
+        if not sizes:
+            a = one.side(0, 1, True)
+            b = a if two is one else two.side(0, 1, True)
+            pair, own = out.moments(a, b, True), (a.own, b.own)
+            sizes["each"], sizes["widest"] = pair.peak + _SCRATCH * pair.largest, pair.widest
+            sizes["lone"] = max(m.peak + _SCRATCH * m.largest for m in own)
+            sizes["small"] = [m.small for m in own]
+        each, lone, widest = sizes["each"], sizes["lone"], sizes["widest"]
+        small = one.n * sizes["small"][0] + (two.n * sizes["small"][1] if two is not one else 0)
     fixed = results + small
     if fixed + each + lone > memory:
         raise InputError(
@@ -256,7 +263,7 @@ def _plan(out: _Parts, memory) -> tuple[int, int]:
     if not each:
         return most, 1
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    block = max(1, min(most, math.isqrt(_TILE // max(pair.widest, 8))))
+    block = max(1, min(most, math.isqrt(_TILE // max(widest, 8))))
     while workers * (block * block * each + block * lone) + fixed > memory and workers * block > 1:
         workers, block = (workers - 1, block) if workers > 1 else (1, max(1, block // 2))
     return _balanced(most, block), workers
