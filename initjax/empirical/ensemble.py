@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from initjax.empirical.blocks import default_memory
+from initjax.empirical.blocks import as_bytes
 from initjax.empirical.network import Network, examples
 from initjax.empirical.ntk import empirical_ntk
 from initjax.errors import InputError
@@ -66,7 +66,7 @@ def monte_carlo_kernels(
     draws : number of random networks, at least 2.
     params_filter : which parameters count for the NTK, as in `empirical_ntk`.
     apply_kwargs, rngs : as in `kernel_fn`.
-    memory : budget in bytes for the networks that run at once; None for half of the free memory, at most 2 GiB.
+    memory : budget for the networks that run at once, in bytes or as "4GiB"; None for half of the free memory.
 
     Returns
     -------
@@ -141,7 +141,7 @@ def monte_carlo_kernels(
     params_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     # each draw may hold the gradients of all outputs of all examples, and its kernels
     held = params_bytes * (4 + sum(sizes) * k) + 3 * 8 * sizes[0] * sizes[-1]
-    budget = default_memory() if memory is None else int(memory)
+    budget = as_bytes(memory)
     at_once = int(min(draws, max(1, budget // held)))
     at_once = -(-draws // -(-draws // at_once))
     together = jax.jit(jax.vmap(one_draw))

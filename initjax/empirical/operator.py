@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from initjax.empirical.blocks import default_memory
+from initjax.empirical.blocks import as_bytes
 from initjax.empirical.network import Network, chosen_leaves, examples
 from initjax.empirical.ntk import empirical_ntk
 from initjax.errors import InputError
@@ -247,7 +247,7 @@ def ntk_operator(
     method : "matrix-free", "matrix" (formed at once), or "auto": formed if `products` says that more than about eight
         products are wanted and the matrix fits into `memory`, else matrix-free.
     products : number of products that will be asked for, a hint for "auto"; None if not known.
-    memory : budget in bytes for activations and tangents; None for half of the free memory, at most 2 GiB.
+    memory : budget for activations and tangents, in bytes or as "4GiB"; None for half of the free memory.
 
     Returns
     -------
@@ -285,14 +285,14 @@ def ntk_operator(
                 "an operator acts on one number for each example, or for each example and output",
                 f"leave {name} out for {accepted[0]!r}",
             )
-    for name, value in (("products", products), ("memory", memory)):
-        if value is not None and not (np.ndim(value) == 0 and np.isreal(value) and 0 < value < float("inf")):
-            raise InputError(
-                f"{name}={value!r}",
-                "a positive number, or None",
-                "memory is a number of bytes, products how often the operator will be applied",
-                f"leave {name} out if it is not known",
-            )
+    if products is not None and not (np.ndim(products) == 0 and np.isreal(products) and 0 < products < float("inf")):
+        raise InputError(
+            f"products={products!r}",
+            "a positive number, or None",
+            "it says how often the operator will be applied",
+            "leave products out if it is not known",
+        )
+    budget = as_bytes(memory)
     network = Network(model)
     sizes = [examples(x, name) for x, name in ((x1, "x1"), (x2, "x2")) if x is not None]
     if 0 in sizes:
@@ -323,7 +323,7 @@ def ntk_operator(
         sizes[-1],
         chosen,
         dtype,
-        default_memory() if memory is None else int(memory),
+        budget,
         *_footprint(network, params, x1, k),
         params_bytes=dtype.itemsize * sum(np.size(leaf) for leaf in leaves),
     )
