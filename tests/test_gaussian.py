@@ -383,3 +383,14 @@ def test_what_lies_beyond_twelve_deviations_is_not_lost():
 def test_zero_over_zero_in_a_derivative_is_no_jump():
     assert ij.Activation(jnp.sinc).prime.jumps == ()
     assert ij.Activation(jnp.abs).prime.jumps == ((0.0, 2.0),)
+
+
+def test_rounding_where_a_function_is_negligible_is_not_oscillation():
+    # written out, gelu' carries x^3 eps = 1e-13 at x = -20 where it should vanish
+    def slope(x):
+        t = jnp.tanh(0.7978845608028654 * (x + 0.044715 * x**3))
+        return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * 0.7978845608028654 * (1 + 3 * 0.044715 * x**2)
+
+    q = np.array([0.5, 4.0, 40.0])
+    # both are resolved to 13 digits
+    np.testing.assert_allclose(ij.gaussian.moment(slope, q), ij.gaussian.moment_prime(jax.nn.gelu, q), rtol=1e-12)

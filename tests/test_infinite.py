@@ -640,3 +640,11 @@ def test_several_outputs_and_losses_are_refused():
 
     with pytest.raises(UnsupportedLayerError, match="one floating array"):
         ij.kernel_fn(Two(), X)
+
+
+def test_the_default_gelu_at_large_variance():
+    # its tanh form, as differentiated by JAX, is rounding far out; q = 4 reaches there
+    model = nn.Sequential([nn.Dense(64), jax.nn.gelu, nn.Dense(1)])
+    x = 2.0 * jnp.eye(3) * 3**0.5
+    kernel = ij.kernel_fn(model, x)(x)
+    np.testing.assert_allclose(np.diagonal(kernel.nngp), ij.gaussian.moment(jax.nn.gelu, 4.0), rtol=1e-12)

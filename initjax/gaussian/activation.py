@@ -211,7 +211,9 @@ class Activation:
         position = 2e-15 * np.abs(cells).max(axis=1) * slope / value  # x itself is rounded
         # second derivatives as JAX writes them (1 - tanh^2 where tanh saturates) carry 1e-13 of rounding
         floor = np.stack([(1e-14 + position) * value, (1e-12 + position) * slope])
-        return np.any(tail > np.array([[1e-13], [1e-12]]) * size + floor, axis=0)
+        # where f is nothing beside its amplitude, noise is no structure: gelu' as JAX writes it is 1e-13 at x = -20
+        nothing = size < 1e-12 * np.array([[value], [slope]])
+        return np.any((tail > np.array([[1e-13], [1e-12]]) * size + floor) & ~nothing, axis=0)
 
     def _check_finite(self) -> None:
         far = np.geomspace(1e-6, _NAN_FREE, 40)
