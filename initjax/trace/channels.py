@@ -89,7 +89,6 @@ def _base(walk: Walk, base: Base, axis: int, axes: Axes, cut: Cut) -> Base | Non
         walk.use("contracted", new, contraction_pattern(base.operand.axes, base.contracted, new), base.layer)
         key = ("dot", id(base.operand), new, base.contracted, axes)
     else:
-        walk.use("added", new, (new.pattern([i for i, a in enumerate(axes) if a.channel]),), base.layer)
         key = ("vector", new, axes)
     fields = (base.kind, new, base.operand, base.contracted, base.layer, base.gaussian, base.tangent)
     return walk.arena.atom(Base, key, axes, *fields)

@@ -14,7 +14,7 @@ from initjax.trace.flax import layer_of
 from initjax.trace.maps import Axis, xp_of
 from initjax.trace.rules import RULES
 from initjax.trace.views import WeightView
-from initjax.trace.walk import Walk, contraction_pattern, is_perturbation, near_of
+from initjax.trace.walk import Walk, contraction_pattern, near_of
 
 _MEASURE = "measure this model at finite width with ij.empirical_ntk"
 
@@ -97,7 +97,7 @@ def _check_channels(walk: Walk, body, contracted, name: str, near: str) -> None:
         return
     channels = [i for i, a in enumerate(body.axes) if a.channel]
     if all(i in contracted for i in channels):
-        if channels or is_perturbation(body):
+        if channels or isinstance(body, Tangent):  # of a tangent only the second moment is asked, which needs no CLT
             return
         raise walk.refuse(
             near,

@@ -4,6 +4,7 @@ r"""The values a model's program computes, at infinite width.
 `WeightView`  entries of a weight leaf (views.py).
 `Field`       random numbers, i.i.d. along its channel axes: a `Sum` (linear combination of atoms plus a constant) or a
               `Tangent` (sum of coefficient times tangent atom), together with the program's own grouping of axes.
+`Cat`         fields of different origin side by side along a channel axis (concat.py).
 
 Atoms: `Base`, a Gaussian made by weights (W x, or a bias); `Ew`, a function of one Gaussian leaf; `Lin`, a linear map
 over positions. Every axis is a channel axis (numbers there are i.i.d.) or a position. Numerical arrays keep size 1
@@ -181,6 +182,39 @@ class Field:
         return tuple(shape)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cat:
+    """Parts side by side along a channel axis, each with channels of its own distribution.
+
+    All parts have one shape but for `axis`; `groups[i]` of their axes make up the program's axis i.
+    """
+
+    parts: tuple[Any, ...]  # Field, Const, WeightView or Cat
+    axis: int
+    groups: tuple[int, ...]
+    near: str = ""
+
+    @property
+    def fine(self) -> tuple[int, ...]:
+        """The shape of the whole on the axes of the parts."""
+        width = sum(part.shape[self.axis] for part in self.parts)
+        return tuple(width if i == self.axis else n for i, n in enumerate(self.parts[0].shape))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        sizes = iter(self.fine)
+        return tuple(math.prod(next(sizes) for _ in range(count)) for count in self.groups)
+
+
+def compact(array: np.ndarray) -> np.ndarray:
+    """The array with size 1 along every axis where it does not vary."""
+    for axis, size in enumerate(array.shape):
+        first = array[(slice(None),) * axis + (slice(0, 1),)]
+        if size > 1 and (array == first).all():
+            array = first
+    return array
+
+
 def is_zero(coefficient) -> bool:
     """Whether a coefficient or constant is a known zero."""
     if is_traced(coefficient):
@@ -291,7 +325,8 @@ class Arena:
     def _box(self, array) -> Box:
         """Equal known arrays are one object, so that a field scaled twice alike is one field."""
         if is_traced(array):
-            return Box(array)
+            return self._boxes.setdefault(("traced", id(array)), Box(array))
+        array = compact(np.asarray(array))
         return self._boxes.setdefault((np.shape(array), np.asarray(array).tobytes()), Box(array))
 
     def unscaled(self, g: Sum) -> tuple[Sum, Any]:
@@ -338,6 +373,7 @@ class Arena:
 
     def rechannelled(self, body, axes: Axes) -> Any:
         """A field of weights alone, whose features stood as positions, with channels as in `axes`; else None."""
+        axes = tuple(Axis(a.size, b.channel and a.size == b.size) for a, b in zip(body.axes, axes, strict=True))
         if isinstance(body, Tangent):
             parts = [(c, self.rechannelled(g, axes)) for c, g in body.parts]
             if any(c is not None or g is None for c, g in parts):
@@ -351,11 +387,10 @@ class Arena:
         return self.sum(axes, terms)
 
     def _rechannelled_atom(self, atom: Atom, axes: Axes) -> Atom | None:
-        inner = tuple(Axis(a.size, b.channel and a.size == b.size) for a, b in zip(atom.axes, axes, strict=True))
         if isinstance(atom, Base) and atom.kind == "vector":
-            key = ("vector", atom.view, inner)
+            key = ("vector", atom.view, axes)
             fields = (atom.kind, atom.view, None, (), atom.layer, atom.gaussian, atom.tangent)
-            return self.atom(Base, key, inner, *fields)
+            return self.atom(Base, key, axes, *fields)
         if not isinstance(atom, Lin) or atom.map.kind not in ("scale", "broadcast") or isinstance(atom.source, Tangent):
             return None
         source = self.rechannelled(atom.source, axes)
@@ -363,10 +398,10 @@ class Arena:
             return None
         step = atom.map
         if step.kind == "broadcast":
-            step = Relayout("broadcast", inner)
+            step = Relayout("broadcast", axes)
         else:
             factor = step.parameters[0].value
-            for axis, a in enumerate(inner):
+            for axis, a in enumerate(axes):
                 if a.channel and np.shape(factor)[axis] > 1:
                     first = factor[(slice(None),) * axis + (slice(0, 1),)]
                     if is_traced(factor) or not bool((factor == first).all()):
@@ -387,7 +422,25 @@ class Arena:
         if isinstance(atom, Product):
             left, right = self.relayout(atom.left, step), self.relayout(atom.right, step)
             return self.atom(Product, (id(left), id(right)), axes, left, right)
+        if isinstance(atom, Lin) and atom.map.kind == "scale" and isinstance(atom.source, Sum):
+            # known factors stay outermost, where `unscaled` finds them
+            factor = self._moved_factor(atom.map.parameters[0].value, atom.axes, step)
+            source = self.relayout(atom.source, step)
+            return self._lin(Relayout("scale", (self._box(factor),)), source, axes, atom.gaussian, atom.tangent)
         return self._lin(step, self.sum(atom.axes, [(atom, 1.0)]), axes, atom.gaussian, atom.tangent)
+
+    def _moved_factor(self, array, axes: Axes, step: Relayout):
+        """A factor after a map that commutes, with size 1 kept where it does not vary."""
+        if step.kind == "transpose":
+            return array.transpose(step.parameters)
+        if step.kind == "broadcast" and len(step.parameters) == len(axes):
+            return array
+        if step.kind == "index":
+            cuts = zip(np.shape(array), step.parameters, strict=True)
+            return array[tuple(slice(*cut) if n > 1 else slice(None) for n, cut in cuts)]
+        if math.prod(np.shape(array)) == 1:
+            return array.reshape((1,) * len(step.axes(axes)))
+        return self._moved_array(array, axes, step)
 
     def _mapped(self, body: Sum, step: Relayout) -> Sum:
         """A map that does not commute with functions: one atom for the random part."""

@@ -248,7 +248,7 @@ def _weight_times(walk: Walk, left, right):
             "move the factor into the initializer",
         )
     # the tangent of a scale acting on a known array: one Gaussian an entry, no channels
-    bodies, like = aligned(walk, [walk.as_field(view, walk.positions(view.shape)), known])
+    bodies, like = aligned(walk, [walk.as_field(view, walk.positions(view.shape), settled=False), known])
     return [Field(_times(walk, bodies, like), like.groups, like.near)]
 
 

@@ -24,13 +24,13 @@ def _shape_rule(walk: Walk, operands):
         return [_weight_shape(walk, value, shape)]
     body, groups = value.body, value.groups
     if name in ("reshape", "squeeze", "expand_dims"):
-        body, groups = _reshaped(walk, value, shape)
+        body, groups = reshaped(walk, value, shape)
     elif name == "broadcast_in_dim":
         dims = params["broadcast_dimensions"]
         inserted = [1] * len(shape)
         for axis, target in enumerate(dims):
             inserted[target] = value.shape[axis]
-        body, groups = _reshaped(walk, value, tuple(inserted))
+        body, groups = reshaped(walk, value, tuple(inserted))
         if tuple(inserted) != shape:
             moved = broadcast(walk, Field(body, groups, value.near), shape, "its new shape")
             body, groups = moved.body, moved.groups
@@ -64,7 +64,7 @@ def _weight_shape(walk: Walk, view: WeightView, shape: tuple[int, ...]) -> Weigh
     return view.sliced(params["start_indices"], params["limit_indices"], steps)
 
 
-def _reshaped(walk: Walk, field: Field, shape: tuple[int, ...]) -> tuple[Any, tuple[int, ...]]:
+def reshaped(walk: Walk, field: Field, shape: tuple[int, ...]) -> tuple[Any, tuple[int, ...]]:
     """Regroup the axes: boundaries that fall inside an axis split it, neighbours of one kind merge."""
     queue = [a for a in field.body.axes if a.size != 1]
     axes: list[Axis] = []
@@ -121,10 +121,10 @@ def _indexed(walk: Walk, field: Field):
         steps = params["strides"] or (1,) * len(shape)
         ranges = zip(params["start_indices"], params["limit_indices"], steps, shape, strict=True)
         cuts = [(None, None, None) if a == 0 and b == n and c == 1 else (a, b, c) for a, b, c, n in ranges]
-    return _cut(walk, field, cuts)
+    return cut(walk, field, cuts)
 
 
-def _cut(walk: Walk, field: Field, cuts):
+def cut(walk: Walk, field: Field, cuts):
     at, per_axis, picks = 0, [], []
     for cut, count in zip(cuts, field.groups, strict=True):
         channel = any(a.channel for a in field.body.axes[at : at + count])
@@ -169,7 +169,7 @@ def _split(walk: Walk, operands):
         else:
             cuts: list[Any] = [(None, None, None)] * len(value.shape)
             cuts[axis] = (start, start + size, 1)
-            results.append(Field(_cut(walk, value, cuts), value.groups, value.near))
+            results.append(Field(cut(walk, value, cuts), value.groups, value.near))
         start += size
     return results
 

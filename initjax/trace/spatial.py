@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from initjax.trace.align import zeros
+from initjax.trace.align import const_along, match, zeros
+from initjax.trace.concat import concatenated
 from initjax.trace.contract import contract
-from initjax.trace.domain import Const, Field, Sum, Tangent
-from initjax.trace.maps import Box, Relayout, Window
+from initjax.trace.domain import Const, Field, Tangent
+from initjax.trace.maps import Axis, Box, Relayout, Window
 from initjax.trace.rules import RULES, total
 from initjax.trace.shapes import transposed
 from initjax.trace.views import WeightView
@@ -144,37 +145,43 @@ def _pad(walk: Walk, operands):
 
 
 def _concatenate(walk: Walk, operands):
-    """Along positions: every part is padded to the whole length, and the parts are added."""
+    """Along positions: every part is padded to the whole length, and the parts are added. Along channels: a `Cat`."""
     assert walk.equation is not None
     axis = walk.equation.params["dimension"]
     fields = [v for v in operands if isinstance(v, Field)]
-    if any(isinstance(v, WeightView) for v in operands):
-        raise walk.refuse(near_of(operands), "a weight is concatenated with another array", _MEASURE)
-    like = fields[0]
-    at = sum(like.groups[:axis])
-    if like.groups[axis] != 1 or like.body.axes[at].channel:
-        raise walk.refuse(
-            like.near,
-            "channels of different layers stand side by side, which this version does not track",
-            "apply one Dense or Conv to each part and add the results: the same function",
-            what="concatenation along channels",
-        )
-    length = sum(v.shape[axis] for v in operands)
+    like = next((f for f in fields if isinstance(f.body, Tangent)), fields[0] if fields else None)
+    if like is None or any(any(a.channel for a in _axes_at(f, axis)) or f.groups[axis] != 1 for f in fields):
+        return [concatenated(walk, operands)]
+    at, length = sum(like.groups[:axis]), sum(v.shape[axis] for v in operands)
     bodies, before = [], 0
     for value in operands:
         size = value.shape[axis]
-        if isinstance(value, Const):
-            if value.scalar != 0:
-                raise walk.refuse(like.near, "a known array is concatenated with activations", _MEASURE)
-        else:
-            if value.groups != like.groups or type(value.body) is not type(like.body):
-                raise walk.refuse(like.near, "the parts of a concatenation are of different kinds", _MEASURE)
-            windows: list[Any] = [None] * len(value.body.axes)
+        if not (isinstance(value, Const) and value.scalar == 0):
+            body = _beside(walk, value, like, axis)
+            windows: list[Any] = [None] * len(body.axes)
             windows[at] = Window(length, before, 1, 0, 1, size)
-            bodies.append(walk.arena.relayout(value.body, Relayout("window", tuple(windows))))
+            bodies.append(walk.arena.relayout(body, Relayout("window", tuple(windows))))
         before += size
-    assert all(isinstance(b, (Sum, Tangent)) for b in bodies)
     return [Field(total(walk, bodies) if len(bodies) > 1 else bodies[0], like.groups, near_of(operands))]
+
+
+def _axes_at(field: Field, axis: int):
+    start = sum(field.groups[:axis])
+    return field.body.axes[start : start + field.groups[axis]]
+
+
+def _beside(walk: Walk, value, like: Field, axis: int) -> Any:
+    """A part of a concatenation on the axes of its neighbour."""
+    at = sum(like.groups[:axis])
+    axes = tuple(Axis(value.shape[axis], a.channel) if i == at else a for i, a in enumerate(like.body.axes))
+    pattern = Field(walk.arena.sum(axes, ()), like.groups, like.near)
+    if isinstance(value, WeightView):
+        value = walk.as_field(value, pattern)
+    elif isinstance(value, Const):
+        value = Field(walk.arena.sum(axes, (), const_along(walk, value, pattern)), like.groups, like.near)
+    if type(value.body) is not type(like.body):
+        raise walk.refuse(like.near, "a value and a derivative are concatenated", _MEASURE)
+    return match(walk, value, pattern).body
 
 
 RULES |= {

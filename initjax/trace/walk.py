@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from initjax.errors import UnsupportedLayerError
-from initjax.trace.domain import Arena, Base, Const, Field, Product, Sum, Tangent
+from initjax.trace.domain import Arena, Base, Cat, Const, Field, Product, Sum, Tangent
 from initjax.trace.flax import layer_of
 from initjax.trace.graph import independent, reachable, separable
 from initjax.trace.inline import Equation
@@ -79,7 +79,8 @@ class Walk:
     """State of one walk: values by number, uses of every weight leaf, layers met."""
 
     def __init__(self, program: Program, mean: Callable[[Sum], Any]):
-        self.program = program
+        body = dataclasses.replace(program.body, avals=dict(program.body.avals))  # steps add values of their own
+        self.program = dataclasses.replace(program, body=body)
         self.mean = mean  # expectation of a primal body at every position: sums over channels become numbers
         self.arena = Arena()
         self.doubts: dict[int, UnsupportedLayerError] = {}
@@ -117,6 +118,10 @@ class Walk:
             )
         if mine not in self.uses[view.leaf]:
             self.uses[view.leaf].append(mine)
+
+    def use_vector(self, view: WeightView, axes, near: str) -> None:
+        """Register weights that are added entry by entry: which entry stands at which channel."""
+        self.use("added", view, (view.pattern([i for i, a in enumerate(axes) if a.channel]),), near)
 
     def note(self, key: str, text: str) -> None:
         self.notes.setdefault(key, text)
@@ -162,37 +167,73 @@ class Walk:
     def run(self, inputs: list[Any]) -> Walked:
         """Walk the program on concrete or traced input leaves."""
         from initjax.trace import spatial  # noqa: F401  (adds its rules, and those of contract)
-        from initjax.trace.align import const_rule
-        from initjax.trace.rules import RULES, nonlinear
 
         values = self._start(inputs)
         body = self.program.body
         for equation in body.equations:
             self.equation = equation
-            operands = [values[n] for n in equation.inputs]
-            if all(isinstance(v, Const) for v in operands):
-                results = const_rule(self, operands)
-            else:
-                rule: Callable | None = RULES.get(equation.name) or (nonlinear if self.is_pointwise() else None)
-                try:
-                    if rule is None:
-                        raise self.refuse(near_of(operands), *_reason(equation.name))
-                    results = rule(self, operands)
-                except UnsupportedLayerError:
-                    # perturbations of the input serve chi alone: where they cannot be followed, chi is missing
-                    if not any(isinstance(v, Field) for v in operands) or not all(map(_spare, operands)):
-                        raise
-                    results = [const(np.zeros(body.avals[n].shape)) for n in equation.outputs]
+            results = self._results([values[n] for n in equation.inputs])
             values.update(zip(equation.outputs, results, strict=True))
-        output, tangent = (values[n] for n in body.outputs)
-        self._settle_doubts([v.body for v in (output, tangent) if isinstance(v, Field)])
-        return Walked(
-            self._finished(output), self._finished(tangent, True), self.layers, self.tangents, list(self.notes.values())
-        )
+        output, tangent = (self._finished(values[n], n == body.outputs[1]) for n in body.outputs)
+        atoms = reachable([v.body for v in (output, tangent) if v is not None])
+        self._settle_doubts(atoms)
+        for atom in atoms:  # weights that met known arrays before they met a field
+            if isinstance(atom, Base) and atom.kind == "vector":
+                self.use_vector(atom.view, atom.axes, atom.layer)
+        return Walked(output, tangent, self.layers, self.tangents, list(self.notes.values()))
 
-    def _settle_doubts(self, bodies: list) -> None:
+    def _results(self, operands: list) -> list:
+        """What the current equation makes of its operands, or its refusal."""
+        from initjax.trace.align import const_rule
+        from initjax.trace.concat import cat_rule
+        from initjax.trace.rules import RULES, nonlinear
+
+        equation = self.equation
+        assert equation is not None
+        if all(isinstance(v, Const) for v in operands):
+            return const_rule(self, operands)
+        rule: Callable | None = RULES.get(equation.name) or (nonlinear if self.is_pointwise() else None)
+        if any(isinstance(v, Cat) for v in operands):
+            rule = cat_rule
+        try:
+            if rule is None:
+                raise self.refuse(near_of(operands), *_reason(equation.name))
+            return rule(self, operands)
+        except UnsupportedLayerError:
+            # perturbations of the input serve chi alone: where they cannot be followed, chi is missing
+            if not any(isinstance(v, (Field, Cat)) for v in operands) or not all(map(_spare, operands)):
+                raise
+            return [const(np.zeros(self.program.body.avals[n].shape)) for n in equation.outputs]
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Shape of the current equation's (first) result."""
+        assert self.equation is not None
+        return tuple(self.program.body.avals[self.equation.outputs[0]].shape)
+
+    def step(self, primitive, params: dict, operands: list, shape: tuple[int, ...]) -> Any:
+        """One primitive (or its name) in the place of the current equation, on operands of other shapes."""
+        outer, avals = self.equation, self.program.body.avals
+        assert outer is not None
+        primitive = getattr(jax.lax, f"{primitive}_p") if isinstance(primitive, str) else primitive
+        dtype = avals[outer.outputs[0]].dtype
+        numbers = tuple(range(len(avals), len(avals) + len(operands) + 1))
+        for i, (number, value) in enumerate(zip(numbers, operands, strict=False)):
+            kind = avals[outer.inputs[i]].dtype if i < len(outer.inputs) else dtype
+            avals[number] = jax.ShapeDtypeStruct(value.shape, kind)
+        avals[numbers[-1]] = jax.ShapeDtypeStruct(tuple(shape), dtype)
+        self.equation = dataclasses.replace(
+            outer, primitive=primitive, params=params, inputs=numbers[:-1], outputs=numbers[-1:]
+        )
+        try:
+            (result,) = self._results(operands)
+        finally:
+            self.equation = outer
+        return result
+
+    def _settle_doubts(self, atoms: list) -> None:
         """Refuse products that reach the output, unless every moment they take part in factorises."""
-        atoms = [atom for atom in reachable(bodies) if not atom.tangent and not isinstance(atom, Base)]
+        atoms = [atom for atom in atoms if not atom.tangent and not isinstance(atom, Base)]
         for atom in atoms:
             if isinstance(atom, Product) and not (
                 independent(atom.left, atom.right) and all(separable(atom, other) for other in atoms)
@@ -232,12 +273,19 @@ class Walk:
             offset += step
         return values
 
-    def _finished(self, value, tangent: bool = False) -> Any:
+    def _finished(self, value, tangent: bool) -> Any:
+        """The output as a field; None for a tangent that vanishes."""
+        from initjax.trace.concat import as_positions
+
+        if isinstance(value, Cat):
+            return as_positions(self, value)
+        return None if tangent and isinstance(value, Const) and value.scalar == 0 else self.finished(value)
+
+    def finished(self, value) -> Field:
+        """A weight or a known array as a field without channels."""
         if isinstance(value, WeightView):
-            value = self.as_field(value, self.positions(value.shape))
+            return self.as_field(value, self.positions(value.shape))
         if isinstance(value, Const):
-            if tangent and value.scalar == 0:
-                return None
             return Field(self.as_sum(value), (1,) * len(value.shape))
         return value
 
@@ -253,8 +301,8 @@ class Walk:
         """The zero field of this shape, without channels: a pattern for `as_field`."""
         return Field(self.arena.sum(tuple(Axis(n, False) for n in shape), ()), (1,) * len(shape))
 
-    def as_field(self, view: WeightView, like: Field) -> Field:
-        """A weight as a Gaussian field along the axes of `like`."""
+    def as_field(self, view: WeightView, like: Field, settled: bool = True) -> Field:
+        """A weight as a Gaussian field along the axes of `like`; not `settled`: these may still become channels."""
         axes, near = like.body.axes, like.near
         fitted = _fit(view, like)
         if fitted is None:
@@ -276,8 +324,8 @@ class Walk:
             for a, n in zip(axes, view.shape, strict=True)
         )
         self.check_iid(view, near)
-        channels = [i for i, a in enumerate(axes) if a.channel]
-        self.use("added", view, (view.pattern(channels),), near)
+        if settled:
+            self.use_vector(view, axes, near)
         stats = self.program.leaves[view.leaf] if view.leaf >= 0 else None
         gaussian = view.tangent or stats is None or stats.gaussian
         name = self.leaf_name(view)
@@ -334,6 +382,8 @@ def _perturbs(atom) -> bool:
 
 
 def _spare(value) -> bool:
+    if isinstance(value, Cat):
+        return all(map(_spare, value.parts))
     return isinstance(value, Const) or isinstance(value, Field) and is_perturbation(value.body)
 
 
@@ -361,7 +411,7 @@ def contraction_pattern(axes, contracted: tuple[int, ...], view: WeightView) -> 
 
 def near_of(operands) -> str:
     """The last layer that any operand went through."""
-    return next((v.near for v in operands if isinstance(v, Field) and v.near), "")
+    return next((v.near for v in operands if isinstance(v, (Field, Cat)) and v.near), "")
 
 
 def _fit(view: WeightView, like: Field) -> WeightView | None:
