@@ -441,3 +441,94 @@ REFUSED = {
     Depthwise: "depthwise",
     Blurred: "known kernel",
 }
+
+
+class Concatenated(nn.Module):
+    """Two layers side by side (and the raw input, if asked), normed over all of them."""
+
+    norm: object = None
+    raw: bool = False
+    readout: str = "all"
+
+    @nn.compact
+    def __call__(self, x):
+        h = [nn.relu(nn.Dense(64)(x)), jnp.tanh(nn.Dense(32)(x))] + [x] * self.raw
+        h = jnp.concatenate(h, axis=-1)
+        if self.norm is not None:
+            h = self.norm()(h)
+        if self.readout == "halves":
+            left, right = jnp.split(h, 2, axis=-1)
+            h = left + right
+        if self.readout == "deep":
+            h = nn.relu(nn.Dense(64)(h))
+        return nn.Dense(1)(h)
+
+
+class DenseNet(nn.Module):
+    """Every convolution sees all earlier feature maps."""
+
+    norm: object = nn.LayerNorm
+    growth: int = 16
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(2 * self.growth, (3, 3))(x)
+        for _ in range(2):
+            h = nn.Conv(self.growth, (3, 3))(nn.relu(self.norm()(x)))
+            x = jnp.concatenate([x, h], axis=-1)
+        x = nn.avg_pool(nn.relu(self.norm()(x)), (2, 2), (2, 2))
+        return nn.Dense(1)(x.reshape(x.shape[0], -1))
+
+
+class UNet(nn.Module):
+    """Down, up by a transposed convolution, and the skip beside it; a value at every pixel."""
+
+    width: int = 32
+
+    @nn.compact
+    def __call__(self, x):
+        skip = nn.relu(nn.Conv(self.width, (3, 3))(x))
+        h = nn.relu(nn.Conv(2 * self.width, (3, 3), strides=2)(skip))
+        h = nn.ConvTranspose(self.width, (2, 2), strides=(2, 2))(h)
+        h = jnp.concatenate([h, skip], axis=-1)
+        return nn.Conv(1, (1, 1))(nn.relu(nn.Conv(self.width, (3, 3))(h)))
+
+
+class TwoHeads(nn.Module):
+    """A trunk with two heads, their outputs side by side."""
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.relu(nn.Dense(128)(x))
+        return jnp.concatenate([nn.Dense(3)(h), jnp.tanh(nn.Dense(1)(h))], axis=-1)
+
+
+class DropoutMLP(nn.Module):
+    """Dropout between dense layers; `before`: ahead of the activation."""
+
+    before: bool = False
+    rate: float = 0.3
+    width: int = 128
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        h = nn.Dense(self.width)(x)
+        if self.before:
+            h = nn.sigmoid(nn.Dropout(self.rate, deterministic=not train)(h))
+        else:
+            h = nn.Dropout(self.rate, deterministic=not train)(nn.relu(h))
+        return nn.Dense(1)(h)
+
+
+class DropoutResNet(nn.Module):
+    """Residual blocks with dropout on the branches, pooled, and dropout before the readout."""
+
+    width: int = 64
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        x = nn.Conv(self.width, (3, 3))(x)
+        h = nn.Conv(self.width, (3, 3))(nn.relu(x))
+        x = x + nn.Dropout(0.3, deterministic=not train)(h)
+        x = nn.relu(nn.Conv(self.width, (3, 3))(nn.relu(x))).mean(axis=(1, 2))
+        return nn.Dense(1)(nn.Dropout(0.5, deterministic=not train)(x))

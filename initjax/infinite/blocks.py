@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from initjax.trace.domain import Atom, Base, Ew, Lin, Product, Sum, Tangent, Taps, Windows, is_zero
+from initjax.trace.domain import Atom, Base, Ew, Lin, Noise, Product, Sum, Tangent, Taps, Windows, is_zero
 from initjax.trace.graph import parts_of, reachable, sources
 from initjax.trace.maps import Axes, Box, Relayout, Window
 
@@ -47,7 +47,7 @@ def example_axes(outputs: list, others: list) -> dict[int, int] | None:
 
 def _axis_before(atom: Atom, axis: int) -> int | None:
     """The axis of the examples in what an atom is made of."""
-    if isinstance(atom, (Ew, Product)):
+    if isinstance(atom, (Ew, Noise, Product)):
         return axis
     if isinstance(atom, Base):
         if atom.kind == "vector":

@@ -80,6 +80,9 @@ def taken(value, x: Axes, y: Axes, coarse: Mode, fine: Mode):
     """The entries of M[x, y] in `coarse` that `fine` asks for."""
     if value is None:
         return None
+    shape = shape_of(coarse, x, y)
+    if np.shape(value) != shape:  # the same for all positions of an axis
+        value = xp_of(value).broadcast_to(value, shape)
     ours, theirs = _labels(x, y, lambda a: coarse.apart(a) and not fine.apart(a))
     kept = ours + [j for j in theirs if j >= len(x)]
     picked = xp_of(value).einsum(value, ours + theirs, kept).reshape(shape_of(fine, x, y))

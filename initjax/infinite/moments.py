@@ -17,6 +17,8 @@ import functools
 import math
 from typing import Any
 
+import numpy as np
+
 from initjax.infinite.arrays import (
     Array,
     Total,
@@ -49,9 +51,9 @@ from initjax.infinite.modes import (
     taken,
     with_diagonal,
 )
-from initjax.trace.domain import Atom, Base, Ew, Lin, Product, Sum, Tangent, Taps, is_zero
+from initjax.trace.domain import Atom, Base, Ew, Lin, Noise, Product, Sum, Tangent, Taps, is_zero
 from initjax.trace.expr import VARIABLE, Expr
-from initjax.trace.graph import carries, pairing, parts_of, reachable, related, sources
+from initjax.trace.graph import carries, factors_of, pairing, parts_of, reachable, related, sources
 from initjax.trace.initstats import LeafStats
 from initjax.trace.maps import Axes, extents
 from initjax.trace.walk import INPUTS
@@ -170,6 +172,12 @@ class Moments:
             self._wrapped[id(body)] = (Tangent(body.axes, ((None, body),)), body)
         return self._wrapped[id(body)][0]
 
+    def _factors(self, a: Atom) -> list[Sum]:
+        """The factors of a product, one object for each."""
+        if not isinstance(a, Product):
+            return [self._single(a)]
+        return self._remember("factors", SAME, a, a, lambda a, *_: factors_of(a))
+
     def _leaf(self, a: Atom) -> tuple[Sum, Expr]:
         """An atom as a function of a Gaussian leaf; a Gaussian atom is the identity of itself."""
         return (a.leaf, a.expr) if isinstance(a, Ew) else (self._single(a), VARIABLE)
@@ -228,6 +236,8 @@ class Moments:
             return self._maps(a, b, mode)
         if isinstance(a, Product) or isinstance(b, Product):
             return self._products(a, b, mode)
+        if isinstance(a, Noise) or isinstance(b, Noise):
+            return self._noises(a, b, mode)
         if isinstance(a, (Base, Taps)) and isinstance(b, (Base, Taps)):
             return self._bases(a, b, mode)
         return self._functions(a, b, mode)
@@ -274,9 +284,19 @@ class Moments:
             value = with_diagonal(value, own.flat(own.atoms(a, b, SAME), a.axes), mode, a.axes)
         return value
 
+    def _noises(self, a: Atom, b: Atom, mode: Mode):
+        """A draw is independent of everything but itself: the same entry of the same example."""
+        total = Total()
+        total.add(left(self.sides[0].mean(a), len(b.axes)), right(self.sides[1].mean(b), mode, b.axes, a.axes))
+        value = total.full(shape_of(mode, a.axes, b.axes))
+        if not (isinstance(a, Noise) and isinstance(b, Noise) and a.key == b.key and self.same):
+            return value
+        value = np.zeros(shape_of(mode, a.axes, b.axes)) if value is None else np.array(value)
+        return with_diagonal(value, np.full(extents(a.axes), a.second), mode, a.axes)
+
     def _products(self, a: Atom, b: Atom, mode: Mode):
         """E[l r l' r'] of products of independent factors: factor by factor."""
-        ours, theirs = ([x.left, x.right] if isinstance(x, Product) else [self._single(x)] for x in (a, b))
+        ours, theirs = (self._factors(x) for x in (a, b))
         partners = pairing(ours, theirs)
         assert partners is not None, "the walk has refused products that do not factorise"
         factors = []
@@ -296,6 +316,8 @@ class Moments:
         """E[a(p)], of rank len(a.axes); None where zero by structure. Own moments only."""
         if isinstance(a, (Base, Taps)):
             return None
+        if isinstance(a, Noise):
+            return np.full(extents(a.axes), a.mean) if a.mean else None
         if isinstance(a, Lin):
             inner = self.mean_of(a.source)
             return None if inner is None else a.map.apply(inner, a.source.axes)
@@ -370,6 +392,8 @@ class Moments:
         return self._remember("tangents", canonical(mode, x.axes, y.axes), x, y, self._tangents)
 
     def _tangents(self, x: Tangent, y: Tangent, mode: Mode) -> Leaves:
+        if _is_masked(x) or _is_masked(y):
+            return self._masked(x, y, mode)
         (plain_x, maps_x), (plain_y, maps_y) = self._split(x), self._split(y)
         if not mode.sites and (maps_x or maps_y):
             if len(maps_x) == len(maps_y) == 1 and not plain_x and not plain_y:
@@ -395,6 +419,18 @@ class Moments:
                 for leaf, value in self.tangents(alone, self._as_tangent(atom.source), mode).items():
                     shifted = moved_right(value, atom, mode, x.axes)
                     out.setdefault(leaf, Total()).add(shifted, right(d, mode, y.axes, x.axes))
+        shape = shape_of(mode, x.axes, y.axes)
+        found = {leaf: total.full(shape) for leaf, total in out.items()}
+        return {leaf: value for leaf, value in found.items() if value is not None}
+
+    def _masked(self, x: Tangent, y: Tangent, mode: Mode) -> Leaves:
+        """Tangents with draws in front, which are independent of all the rest."""
+        out: dict[str, Total] = {}
+        for c, g in x.parts:
+            for d, h in y.parts:
+                weight = self._coefficients(c, d, x, y, mode)
+                for leaf, value in self.tangents(self._as_tangent(g), self._as_tangent(h), mode).items():
+                    out.setdefault(leaf, Total()).add(value, weight)
         shape = shape_of(mode, x.axes, y.axes)
         found = {leaf: total.full(shape) for leaf, total in out.items()}
         return {leaf: value for leaf, value in found.items() if value is not None}
@@ -568,6 +604,11 @@ def _channels(a: Base) -> int:
     """How many channels a contraction sums over."""
     sizes = [a.operand.axes[i].size for i in a.contracted if a.operand.axes[i].channel]
     return math.prod(sizes)
+
+
+def _is_masked(x: Tangent) -> bool:
+    """Whether a draw stands before a map of tangents with coefficients (dropout after pooling)."""
+    return any(c is not None and any(carries(atom) for atom, _ in g.terms) for c, g in x.parts)
 
 
 def _is_scale(a: Atom) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 from initjax.trace.domain import Const, Field, Sum
 from initjax.trace.jaxpr import is_traced
 from initjax.trace.maps import Axis, Relayout, xp_of
+from initjax.trace.noise import Random, as_noise
 from initjax.trace.views import WeightView
 from initjax.trace.walk import Walk, const, near_of
 
@@ -46,6 +47,7 @@ def aligned(walk: Walk, operands: list) -> tuple[list[Any], Field]:
     """Operands of an elementwise equation as bodies on common axes (scalars stay Const), and a field as the pattern."""
     assert walk.equation is not None
     shape = tuple(walk.program.body.avals[walk.equation.outputs[0]].shape)
+    operands = _with_noise(walk, operands)
     fields = [v for v in operands if isinstance(v, Field)]
     # the widest field sets the axes: the one that needs no broadcasting along channels
     like = max(fields, key=lambda f: (math.prod(f.shape), sum(a.channel for a in f.body.axes)))
@@ -66,6 +68,22 @@ def aligned(walk: Walk, operands: list) -> tuple[list[Any], Field]:
             bodies.append(walk.arena.sum(like.body.axes, (), const_along(walk, value, like)))
     near = near_of(fields)
     return bodies, Field(like.body, like.groups, near)
+
+
+def _with_noise(walk: Walk, operands: list) -> list:
+    """Operands with draws as fields along the axes of their neighbour, or as the array that their key gave."""
+    if not any(isinstance(v, Random) for v in operands):
+        return operands
+    like = next((v for v in operands if isinstance(v, Field)), None)
+    found = []
+    for value in operands:
+        if isinstance(value, Random):
+            noise = None if like is None or like.shape != value.shape else as_noise(walk, value, like)
+            if noise is None:
+                walk.note("draw", "a draw shared by channels or examples (stochastic depth) is taken as rngs give it")
+            value = value.known if noise is None else noise
+        found.append(value)
+    return found
 
 
 def match(walk: Walk, field: Field, like: Field) -> Field:

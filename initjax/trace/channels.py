@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from initjax.trace.domain import Atom, Base, Ew, Lin, Product, Tangent
+from initjax.trace.domain import Atom, Base, Ew, Lin, Noise, Product, Tangent
 from initjax.trace.maps import Axes, Axis, Relayout
 from initjax.trace.walk import Walk, contraction_pattern
 
@@ -44,6 +44,9 @@ def _atom(walk: Walk, atom: Atom, axis: int, cut: Cut) -> Atom | None:
         made = arena.atom(Product, (id(left), id(right)), axes, left, right)
         walk.doubts.setdefault(made.number, walk.doubts[atom.number])
         return made
+    if isinstance(atom, Noise):  # some of its entries: draws of the same kind, apart from those of any other cut
+        fields = ((*atom.key, axis, cut), atom.mean, atom.second, atom.values)
+        return arena.atom(Noise, (id(atom), axis, cut), axes, *fields)
     assert isinstance(atom, Lin)
     found = _before(atom, axis)
     if found is None:

@@ -154,9 +154,7 @@ def _fine(walk: Walk, value, like: Cat) -> Any:
         return value
     if isinstance(value, Cat):
         if (value.groups, value.axis) != (like.groups, like.axis) and any(g > 1 for g in value.groups + like.groups):
-            raise walk.refuse(
-                value.near, "channels of different layers were merged with positions in two ways", MEASURE
-            )
+            raise walk.refuse(value.near, "channels of several layers merge with positions in two ways", MEASURE)
         return Cat(value.parts, value.axis, (1,) * len(value.parts[0].shape), value.near)
     sizes, at = [], 0
     for size, count in zip(value.shape, like.groups, strict=True):
@@ -347,9 +345,7 @@ def _range(walk: Walk, value, dim: int, start: int, stop: int, step: int) -> Any
         return _strided(walk, piece, dim, step) if step > 1 else piece
     axis = _starts(value.groups)[dim]
     if value.groups[dim] != 1:
-        raise walk.refuse(
-            value.near, "it picks from an axis that merges positions with channels of several layers", MEASURE
-        )
+        raise walk.refuse(value.near, "it picks from an axis that merges positions with channels", MEASURE)
     if axis == value.axis:
         return _picked(walk, value, axis, start, stop, step)
     parts = [_piece(walk, p, axis, start, stop) for p in value.parts]
@@ -422,9 +418,7 @@ def _contracted(walk: Walk, operands: list) -> Any:
     rows = value.fine[starts[dim] : starts[dim + 1]]
     view = weight.reshaped((*weight.shape[:row], *rows, *weight.shape[row + 1 :]))
     if view is None:
-        raise walk.refuse(
-            value.near, f"the weight {walk.leaf_name(weight)} is permuted inside the contraction", MEASURE
-        )
+        raise walk.refuse(value.near, f"{walk.leaf_name(weight)} is permuted inside the contraction", MEASURE)
     cut_row, more = row + value.axis - starts[dim], len(rows) - 1
     fine_mine = [a for d in mine for a in range(starts[d], starts[d + 1])]
     fine_theirs = [

@@ -11,6 +11,7 @@ import numpy as np
 from initjax.trace.align import zeros
 from initjax.trace.domain import Base, Const, Field, Sum, Tangent
 from initjax.trace.flax import layer_of
+from initjax.trace.jaxpr import is_traced
 from initjax.trace.maps import Axis, xp_of
 from initjax.trace.rules import RULES
 from initjax.trace.views import WeightView
@@ -25,6 +26,9 @@ def _dot_general(walk: Walk, operands):
     if any(isinstance(v, Const) and v.scalar == 0 for v in operands):
         return [zeros(walk)]
     (lc, rc), (lb, rb) = walk.equation.params["dimension_numbers"]
+    fixed = _fixed_matrix(walk, left, right, (lc, rc), lb)
+    if fixed is not None:
+        return [fixed]
     if isinstance(left, WeightView) == isinstance(right, WeightView):
         raise walk.refuse(near_of(operands), *_no_weight(left, right))
     if lb:
@@ -37,6 +41,31 @@ def _dot_general(walk: Walk, operands):
     if isinstance(right, WeightView):
         return [contract(walk, left, right, lc, rc, weight_first=False)]
     return [contract(walk, right, left, rc, lc, weight_first=True)]
+
+
+def _fixed_matrix(walk: Walk, left, right, contracted, batch) -> Field | None:
+    """A known matrix along one axis of a field (interpolation, a smoothing): linear in the positions."""
+    from initjax.trace.shapes import transposed
+    from initjax.trace.spatial import by_matrix
+
+    kinds = (isinstance(left, Field) and isinstance(right, Const), isinstance(left, Const) and isinstance(right, Field))
+    if not any(kinds) or batch or len(contracted[0]) != 1:
+        return None
+    field, known = (left, right) if kinds[0] else (right, left)
+    axis, row = (c[0] for c in (contracted if kinds[0] else contracted[::-1]))
+    if len(known.shape) > 2:
+        return None
+    matrix = xp_of(known.value).broadcast_to(known.value, known.shape)
+    matrix = np.moveaxis(matrix.reshape(known.shape), row, -1) if len(known.shape) == 2 else matrix[None]
+    moved = by_matrix(walk, field, axis, matrix)
+    rest = [i for i in range(len(field.shape)) if i != axis]
+    if len(known.shape) == 1:
+        body, groups = transposed(walk, moved, [axis, *rest])
+        shape = tuple(field.shape[i] for i in rest)
+        params = {"new_sizes": shape, "dimensions": None, "sharding": None}
+        return walk.step("reshape", params, [Field(body, groups, field.near)], shape)
+    body, groups = transposed(walk, moved, [*rest, axis] if kinds[0] else [axis, *rest])
+    return Field(body, groups, field.near)
 
 
 def contract(
@@ -151,6 +180,12 @@ def _no_weight(left, right) -> tuple[str, str]:
             "covered yet",
             _MEASURE,
         )
+    if any(len(v.shape) > 2 for v in (left, right) if isinstance(v, Const)):
+        return (
+            "a known array meets a random field with a matrix of its own for every example (a hypernetwork): sums over "
+            "few known numbers, to which no central limit theorem applies",
+            _MEASURE,
+        )
     return (
         "a fixed matrix acts on random activations: over channels this mixes independent entries with given numbers, "
         "and no central limit theorem applies",
@@ -158,10 +193,31 @@ def _no_weight(left, right) -> tuple[str, str]:
     )
 
 
+def _picked_positions(walk: Walk, field: Field, indices: Const) -> Field:
+    """Positions picked by known indices along one axis (nearest-neighbour resizing, a shuffle)."""
+    from initjax.trace.spatial import by_matrix
+
+    assert walk.equation is not None
+    numbers, sizes = walk.equation.params["dimension_numbers"], walk.equation.params["slice_sizes"]
+    axes, out = tuple(numbers.start_index_map), walk.out_shape
+    whole = len(axes) == 1 and tuple(numbers.collapsed_slice_dims) == axes and not numbers.operand_batching_dims
+    kept = [n for i, n in enumerate(field.shape) if whole and i != axes[0]]
+    if not whole or len(out) != len(field.shape) or [n for i, n in enumerate(sizes) if i != axes[0]] != kept:
+        raise walk.refuse(field.near, "entries are picked by index in a way that is not covered", _MEASURE)
+    place = [i for i in range(len(out)) if i not in numbers.offset_dims]
+    if place != [axes[0]] or is_traced(indices.value):
+        raise walk.refuse(field.near, "entries are picked by index in a way that is not covered", _MEASURE)
+    picked = np.broadcast_to(np.asarray(indices.value), indices.shape)[..., 0]
+    picked = np.clip(picked, 0, field.shape[axes[0]] - 1)
+    return by_matrix(walk, field, axes[0], (picked[:, None] == np.arange(field.shape[axes[0]])).astype(np.float64))
+
+
 def _gather(walk: Walk, operands):
     """Rows of an embedding, picked by known indices: the contraction with a one-hot array."""
     assert walk.equation is not None
     table, indices = operands
+    if isinstance(table, Field) and isinstance(indices, Const):
+        return [_picked_positions(walk, table, indices)]
     numbers, sizes = walk.equation.params["dimension_numbers"], walk.equation.params["slice_sizes"]
     shape = walk.program.body.avals[walk.equation.outputs[0]].shape
     rows = (

@@ -134,6 +134,20 @@ class Product(Atom):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Noise(Atom):
+    """Numbers that the model draws as it runs, i.i.d. over all entries; `values` if they are only two."""
+
+    number: int
+    axes: Axes
+    key: tuple
+    mean: float
+    second: float
+    values: tuple[float, float] | None
+    gaussian: bool = False
+    tangent: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Sum:
     """sum_i coefficient_i * atom_i + constant.
 

@@ -2,11 +2,13 @@
 
 from typing import Any
 
-from initjax.trace.domain import Atom, Base, Ew, Lin, Product, Sum, Tangent, Taps
+from initjax.trace.domain import Atom, Base, Ew, Lin, Noise, Product, Sum, Tangent, Taps, is_zero
 
 
-def related(a: Base, b: Base) -> bool:
+def related(a: Base | Noise, b: Base | Noise) -> bool:
     """Whether two bases share weights: the walk has made sure that views of one leaf are equal or disjoint."""
+    if isinstance(a, Noise) or isinstance(b, Noise):
+        return isinstance(a, Noise) and isinstance(b, Noise) and a.key == b.key
     u, v = a.view, b.view
     if (u.leaf, u.tangent, a.kind) != (v.leaf, v.tangent, b.kind):
         return False
@@ -33,6 +35,8 @@ def sources(atom: Atom) -> list:
         return [atom.left, atom.right]
     if isinstance(atom, Taps):
         return [] if atom.source is None else [atom.source]
+    if isinstance(atom, Noise):
+        return []
     assert isinstance(atom, Lin)
     return [atom.source]
 
@@ -60,13 +64,13 @@ def carries(atom: Atom) -> bool:
     return any(carries(a) for a, _ in atom.source.terms)
 
 
-def bases_of(body: Sum) -> list[Base]:
-    """The Gaussians that a primal body is a function of."""
-    found: dict[int, Base] = {}
+def bases_of(body: Sum) -> list[Base | Noise]:
+    """The Gaussians and draws that a primal body is a function of."""
+    found: dict[int, Base | Noise] = {}
     stack: list[Any] = [atom for atom, _ in body.terms]
     while stack:
         atom = stack.pop()
-        if isinstance(atom, Base):
+        if isinstance(atom, (Base, Noise)):
             found[atom.number] = atom
         elif isinstance(atom, Taps):
             found |= {base.number: base for base in atom.bases}
@@ -81,12 +85,22 @@ def independent(left: Sum, right: Sum) -> bool:
 
 
 def factors_of(atom: Atom) -> list[Sum]:
-    """A product's factors; any other atom is one factor. Maps over positions are looked through."""
+    """A product's factors, down to those that are no products; any other atom is one factor.
+
+    Maps over positions are looked through.
+    """
     if isinstance(atom, Product):
-        return [atom.left, atom.right]
+        return split_factors(atom.left) + split_factors(atom.right)
     if isinstance(atom, Lin) and isinstance(atom.source, Sum) and len(atom.source.terms) == 1:
         return factors_of(atom.source.terms[0][0])
     return [Sum(atom.axes, ((atom, 1.0),))]
+
+
+def split_factors(side: Sum) -> list[Sum]:
+    """A factor that is itself a plain product as its factors."""
+    atom, c = side.terms[0] if len(side.terms) == 1 else (None, 0.0)
+    plain = isinstance(atom, Product) and isinstance(c, float) and c == 1.0 and is_zero(side.constant)
+    return split_factors(atom.left) + split_factors(atom.right) if plain else [side]
 
 
 def separable(first: Atom, second: Atom) -> bool:

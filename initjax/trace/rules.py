@@ -10,8 +10,9 @@ import numpy as np
 
 from initjax.trace import expr as ex
 from initjax.trace.align import MEASURE, aligned, name_of, zeros
-from initjax.trace.domain import Atom, Base, Const, Ew, Field, Lin, Product, Sum, Tangent
+from initjax.trace.domain import Atom, Base, Const, Ew, Field, Lin, Product, Sum, Tangent, is_zero
 from initjax.trace.graph import carries
+from initjax.trace.noise import depends_on, given, mask_in, noise_of, only_draws
 from initjax.trace.views import WeightView
 from initjax.trace.walk import Walk, const, near_of
 
@@ -64,16 +65,70 @@ def product(walk: Walk, left: Sum, right: Sum, near: str) -> Sum:
     arena = walk.arena
     if arena.common_leaf([left, right]) is not None:
         return _function(walk, jax.lax.mul_p, {}, [left, right], near)
+    mask = mask_in([left, right])
+    if mask is not None:
+        one, other = (left, right) if _is_one(left, mask) else (right, left)
+        if not _is_one(one, mask) or depends_on(other, mask):
+            return _by_mask(walk, mask, jax.lax.mul_p, {}, [left, right], near)
+        pieces = [arena.sum(other.axes, [t]) for t in other.terms] if mask_in([other]) is not None else [other]
+        if len(pieces) > 1:  # masks of masked sums: term by term
+            pieces += [arena.sum(other.axes, (), other.constant)] if not is_zero(other.constant) else []
+            return total(walk, [product(walk, one, piece, near) for piece in pieces])
+    (left, before), (right, after) = _unit(walk, left), _unit(walk, right)
+    if before * after != 1.0:
+        return scaled(walk, product(walk, left, right, near), before * after)
     atom = arena.atom(Product, (id(left), id(right)), left.axes, left, right)
     # its mean over channels is exact; whether more is asked of it, and whether that is exact, the end of the walk tells
     walk.doubts.setdefault(atom.number, walk.refuse(near, *_why_no_leaf(walk, [left, right])))
     return arena.sum(left.axes, [(atom, 1.0)])
 
 
-def _function(walk: Walk, primitive, params: dict, bodies: list, near: str, dtype=None) -> Sum:
+def _unit(walk: Walk, body: Sum) -> tuple[Sum, float]:
+    """A single product without its number in front, and that number."""
+    atom, c = body.terms[0] if len(body.terms) == 1 and is_zero(body.constant) else (None, 1.0)
+    plain = isinstance(atom, Product) and isinstance(c, float)
+    return (walk.arena.sum(body.axes, [(atom, 1.0)]), c) if plain else (body, 1.0)
+
+
+def _is_one(body: Sum, mask) -> bool:
+    """Whether a body is this mask and nothing else."""
+    return len(body.terms) == 1 and body.terms[0][0] is mask and is_zero(body.constant)
+
+
+def _by_mask(walk: Walk, mask, primitive, params: dict, bodies: list, near: str, dtype=None) -> Sum:
+    """A function of fields and a two-valued mask: its values under either, weighted by the mask."""
+    noise = noise_of(mask)
+    assert noise is not None and noise.values is not None
+    low, high = noise.values
+    found = []
+    for value in (low, high):
+        cases = [given(walk, b, mask, value) if isinstance(b, Sum) else b for b in bodies]
+        if any(c is None for c in cases):
+            raise walk.refuse(near, "a dropout mask meets a nonlinearity after a sum or window over positions", MEASURE)
+        if primitive.name == "mul":
+            found.append(product(walk, cases[0], cases[1], near))
+        else:
+            found.append(_function(walk, primitive, params, cases, near, dtype, masked=True))
+    difference = total(walk, [found[1], scaled(walk, found[0], -1.0)])
+    one = walk.arena.sum(found[0].axes, [(mask, 1.0 / (high - low))], -low / (high - low))
+    if difference.is_constant:
+        return total(walk, [found[0], scaled(walk, one, difference.constant)])
+    parts = [scaled(walk, product(walk, walk.arena.sum(one.axes, [(mask, 1.0)]), difference, near), 1.0 / (high - low))]
+    parts += [scaled(walk, difference, -low / (high - low))] if low else []
+    return total(walk, [found[0], *parts])
+
+
+def _function(walk: Walk, primitive, params: dict, bodies: list, near: str, dtype=None, masked: bool = False) -> Sum:
+    import jax
+
     arena = walk.arena
     sums = [b for b in bodies if isinstance(b, Sum)]
+    mask = mask_in(sums)
+    if mask is not None:
+        return _by_mask(walk, mask, primitive, params, bodies, near, dtype)
     leaf = arena.common_leaf(sums)
+    if leaf is None and all(b.is_constant and isinstance(b.constant, float) for b in sums):
+        leaf = arena.sum(sums[0].axes, ())
     if leaf is None:
         raise walk.refuse(near, *_why_no_leaf(walk, sums))
     args = []
@@ -82,7 +137,10 @@ def _function(walk: Walk, primitive, params: dict, bodies: list, near: str, dtyp
             args.append(ex.literal(body.scalar))
         else:
             args.append(arena.as_expr(body, leaf))
-    return arena.function(leaf, ex.apply(primitive, params, args, dtype))
+    if primitive.name == "select_n" and args[0].dtype is None:  # a condition that has been weighted by masks
+        args[0] = ex.apply(jax.lax.gt_p, {}, [args[0], ex.literal(0.5)], np.dtype(bool))
+    result = ex.apply(primitive, params, args, dtype)
+    return arena.function(leaf, ex.cast(result, None) if masked else result)
 
 
 def _why_no_leaf(walk: Walk, sums: list[Sum]) -> tuple[str, str]:
@@ -219,8 +277,10 @@ def times_tangent(walk: Walk, tangent: Tangent, factor: Sum, near: str) -> Tange
     if factor.is_constant:
         return scaled(walk, tangent, factor.constant)
     parts = []
+    carried = any(carries(atom) for _, g in tangent.parts for atom, _ in g.terms)
+    draws = only_draws(factor) and all(c is None or only_draws(c) for c, _ in tangent.parts)
     for c, g in tangent.parts:
-        if any(carries(atom) for atom, _ in g.terms):
+        if carried and not draws:
             raise walk.refuse(
                 near,
                 "the derivative of a nonlinearity after a position average of activations depends on several Gaussians",
@@ -307,6 +367,8 @@ def _select(walk: Walk, operands):
     bodies, like = aligned(walk, [which, *cases])
     which, *bodies = bodies
     near = like.near
+    if isinstance(which, Sum) and len(which.terms) == 1 and noise_of(which.terms[0][0]) is not None:
+        return [Field(_select_by(walk, which, bodies, like), like.groups, near)]
     if isinstance(which, Sum) and which.is_constant:
         # a known mask over positions: a linear combination
         picked = []
@@ -331,6 +393,33 @@ def _select(walk: Walk, operands):
         mask = _function(walk, walk.equation.primitive, walk.equation.params, [which, *ones], near)
         parts.append(times_tangent(walk, body, mask, near))
     return [Field(total(walk, parts), like.groups, near)]
+
+
+def _select_by(walk: Walk, mask: Sum, bodies: list, like: Field) -> Any:
+    """Dropout: one of two fields, by a mask of zeros and ones."""
+    tangent = any(isinstance(b, Tangent) for b in bodies)
+    cases = []
+    for body in bodies:
+        if isinstance(body, Const):
+            body = walk.arena.sum(like.body.axes, (), float(body.scalar))
+        zero = isinstance(body, Sum) and body.is_constant and is_zero(body.constant)
+        if tangent and isinstance(body, Sum) and not zero:
+            raise walk.refuse(like.near, "a derivative is replaced by a value that is not zero", MEASURE)
+        cases.append(None if zero else body)
+    rest = walk.arena.sum(like.body.axes, mask.terms and [(mask.terms[0][0], -mask.terms[0][1])], 1.0)
+    parts = []
+    for case, factor in zip(cases, (rest, mask), strict=True):
+        if case is None:
+            continue
+        if isinstance(case, Tangent):
+            parts.append(times_tangent(walk, case, factor, like.near))
+        elif factor is mask:
+            parts.append(product(walk, mask, case, like.near))
+        else:
+            parts += [case, scaled(walk, product(walk, mask, case, like.near), -1.0)]
+    if not parts:
+        return walk.arena.sum(like.body.axes, ())
+    return total(walk, parts)
 
 
 def _convert(walk: Walk, operands):

@@ -221,6 +221,14 @@ def _mean_over_channels(walk: Walk, value: Field, axes: list[int]) -> Const:
         )
     mean = walk.mean(value.body)
     if mean is None:
+        if not walk.is_divided(count):
+            raise walk.refuse(
+                value.near,
+                f"a sum over {count} channels with mean zero is not divided by their number: its fluctuations, which "
+                "the law of large numbers neglects, are all there is (a scalar product of two branches)",
+                "divide by the number of channels; or measure at finite width with ij.empirical_ntk",
+                what=f"{walk.equation.name} over channels",
+            )
         return zeros(walk)
     kept = tuple(n if n > 1 else 1 for i, n in enumerate(np.shape(mean)) if i not in axes)
     mean = mean.sum(axis=tuple(axes)).reshape(kept) * float(count)

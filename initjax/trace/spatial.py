@@ -165,6 +165,40 @@ def _concatenate(walk: Walk, operands):
     return [Field(total(walk, bodies) if len(bodies) > 1 else bodies[0], like.groups, near_of(operands))]
 
 
+def _stack(walk: Walk, operands):
+    """Along a new axis: each operand gets an axis of size 1, then they are concatenated."""
+    assert walk.equation is not None
+    axis, out = walk.equation.params.get("axis", 0), walk.out_shape
+    one = (*out[:axis], 1, *out[axis + 1 :])
+    params = {"new_sizes": one, "dimensions": None, "sharding": None}
+    parts = [walk.step("reshape", params, [v], one) for v in operands]
+    return [walk.step("concatenate", {"dimension": axis}, parts, out)]
+
+
+def by_matrix(walk: Walk, value: Field, axis: int, matrix: np.ndarray) -> Field:
+    """A known matrix (out, in) along positions; over channels it is refused."""
+    at = sum(value.groups[:axis])
+    if value.groups[axis] != 1 or value.body.axes[at].channel:
+        raise walk.refuse(
+            value.near,
+            "a fixed matrix acts on random activations: over channels this mixes independent entries with given "
+            "numbers, and no central limit theorem applies",
+            "make the matrix a random weight, or apply it to the input",
+        )
+    body = walk.arena.relayout(value.body, Relayout("matrix", (at, Box(matrix))))
+    return Field(body, value.groups, value.near)
+
+
+def _cumulative(walk: Walk, operands):
+    assert walk.equation is not None
+    (value,), params = operands, walk.equation.params
+    if not isinstance(value, Field):
+        raise walk.refuse("", "a cumulative sum of a weight", _MEASURE)
+    size = value.shape[params["axis"]]
+    matrix = np.tri(size).T if params["reverse"] else np.tri(size)
+    return [by_matrix(walk, value, params["axis"], matrix)]
+
+
 def _axes_at(field: Field, axis: int):
     start = sum(field.groups[:axis])
     return field.body.axes[start : start + field.groups[axis]]
@@ -189,4 +223,6 @@ RULES |= {
     "reduce_window_sum": _window_sum,
     "pad": _pad,
     "concatenate": _concatenate,
+    "stack": _stack,
+    "cumsum": _cumulative,
 }

@@ -28,6 +28,11 @@ class WeightView:
     def of(cls, leaf: int, tangent: bool, shape: tuple[int, ...]) -> "WeightView":
         return cls(leaf, tangent, 0, tuple(shape), _contiguous(shape))
 
+    @property
+    def single(self) -> bool:
+        """Whether it shows one entry alone."""
+        return all(n == 1 or s == 0 for n, s in zip(self.shape, self.strides, strict=True))
+
     def transposed(self, permutation) -> "WeightView":
         return self._with(tuple(self.shape[p] for p in permutation), tuple(self.strides[p] for p in permutation))
 

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from initjax.errors import UnsupportedLayerError
-from initjax.trace.domain import Arena, Base, Cat, Const, Field, Product, Sum, Tangent
+from initjax.trace.domain import Arena, Base, Cat, Const, Field, Lin, Product, Sum, Tangent
 from initjax.trace.flax import layer_of
 from initjax.trace.graph import independent, reachable, separable
 from initjax.trace.inline import Equation
 from initjax.trace.jaxpr import float64, is_traced
 from initjax.trace.maps import Axis
 from initjax.trace.names import refusal
+from initjax.trace.noise import Random, drawn, known
 from initjax.trace.pointwise import is_pointwise
 from initjax.trace.program import Program
 from initjax.trace.views import WeightView
@@ -47,13 +48,14 @@ class Use:
             return False
         if self.role == "added":
             mine, yours = (tuple(stride for _, stride in use.pattern[0]) for use in (self, other))
-            return mine == yours
+            return mine == yours or self.view.single or other.view.single
         if self.pattern[0] != other.pattern[0]:
             return False
         strides = [tuple(stride for _, stride in use.pattern[1]) for use in (self, other)]
+        strides = [s for s in strides if s] or [()]  # a single column has no stride of its own
         rows = [abs(stride) for _, _, stride in self.pattern[0]]
         shift = abs(self.view.offset - other.view.offset)
-        return bool(rows) and strides[0] == strides[1] and shift < min(rows)
+        return bool(rows) and len(set(strides)) == 1 and shift < min(rows)
 
 
 @dataclasses.dataclass
@@ -88,7 +90,9 @@ class Walk:
         self.layers: dict[str, Sum] = {}
         self.tangents: dict[str, Tangent] = {}
         self.notes: dict[str, str] = {}
+        self.values: dict[int, Any] = {}
         self.equation: Equation | None = None
+        self._place: Equation | None = None  # the equation of the program that the current one stands in for
 
     # ------------------------------------------------------------------ services for the rules
 
@@ -133,6 +137,28 @@ class Walk:
         else:
             self.tangents[layer] = value.body
 
+    def is_divided(self, count: int) -> bool:
+        """Whether whatever takes the current result up first divides it by about the number of summed channels."""
+        assert self._place is not None
+        body, waiting = self.program.body, list(self._place.outputs)
+        while waiting:
+            number = waiting.pop()
+            users = [e for e in body.equations if number in e.inputs]
+            if number in body.outputs or not users:
+                return False
+            for user in users:
+                known = [self.values[n] for n in user.inputs if isinstance(self.values.get(n), Const)]
+                scalar = next((float(v.scalar) for v in known if v.scalar is not None), None)
+                if user.name in ("div", "mul") and scalar is not None:
+                    factor = scalar if user.name == "mul" else 1 / scalar if scalar else np.inf
+                    if abs(factor) * count > 4.0:
+                        return False
+                elif user.name in ("reshape", "broadcast_in_dim", "squeeze", "expand_dims", "convert_element_type"):
+                    waiting += user.outputs
+                else:
+                    return False
+        return True
+
     def is_pointwise(self) -> bool:
         """Whether the current equation acts entry by entry."""
         assert self.equation is not None
@@ -168,10 +194,10 @@ class Walk:
         """Walk the program on concrete or traced input leaves."""
         from initjax.trace import spatial  # noqa: F401  (adds its rules, and those of contract)
 
-        values = self._start(inputs)
+        values = self.values = self._start(inputs)
         body = self.program.body
         for equation in body.equations:
-            self.equation = equation
+            self.equation = self._place = equation
             results = self._results([values[n] for n in equation.inputs])
             values.update(zip(equation.outputs, results, strict=True))
         output, tangent = (self._finished(values[n], n == body.outputs[1]) for n in body.outputs)
@@ -190,6 +216,15 @@ class Walk:
 
         equation = self.equation
         assert equation is not None
+        if equation.name == "random_bits" or any(isinstance(v, Random) for v in operands):
+            draw = drawn(self, operands) if all(isinstance(v, (Const, Random)) for v in operands) else None
+            if draw is not None:
+                return [draw]
+            if all(isinstance(v, (Const, Random)) for v in operands) or not self.is_pointwise():
+                operands = [known(v) for v in operands]
+                self.note(
+                    "given draw", "a draw that meets known arrays (dropout on the inputs) is taken as rngs give it"
+                )
         if all(isinstance(v, Const) for v in operands):
             return const_rule(self, operands)
         rule: Callable | None = RULES.get(equation.name) or (nonlinear if self.is_pointwise() else None)
@@ -233,7 +268,8 @@ class Walk:
 
     def _settle_doubts(self, atoms: list) -> None:
         """Refuse products that reach the output, unless every moment they take part in factorises."""
-        atoms = [atom for atom in atoms if not atom.tangent and not isinstance(atom, Base)]
+        # a map over positions asks for the moments of what it maps, which are in the list themselves
+        atoms = [atom for atom in atoms if not atom.tangent and not isinstance(atom, (Base, Lin))]
         for atom in atoms:
             if isinstance(atom, Product) and not (
                 independent(atom.left, atom.right) and all(separable(atom, other) for other in atoms)
@@ -283,6 +319,7 @@ class Walk:
 
     def finished(self, value) -> Field:
         """A weight or a known array as a field without channels."""
+        value = known(value)
         if isinstance(value, WeightView):
             return self.as_field(value, self.positions(value.shape))
         if isinstance(value, Const):

@@ -181,3 +181,28 @@ def cnn(x, activation, width, variances, bias, strides, padding, readout):
         pick = lambda m: np.einsum("aijbkl->ab", m) / (h * w) ** 2  # noqa: E731
     nngp = variances[-1] * width * pick(features)
     return nngp, width * pick(features) + 1 + variances[-1] * width * pick(theta)
+
+
+def concatenated(x, groups, variance, eps, normed):
+    """NNGP and NTK of relu/tanh layers side by side, normed over groups of channels if asked, then a Dense readout.
+
+    x : inputs (n, d); every layer is a Dense without random bias, of this weight variance times d, with a bias tangent.
+    groups : for each group of channels that is normed together, its parts (channels, activation).
+    normed : whether mean and variance of each group are taken out; the norm then has a scale and a bias of its own.
+    """
+    gram = x @ x.T
+    cov = variance * gram
+    q = np.diag(cov)
+    channels = sum(width for group in groups for width, _ in group)
+    nngp, slope = np.zeros_like(cov), np.zeros_like(cov)
+    for group in groups:
+        count = sum(width for width, _ in group)
+        duals = [[on_matrix(d, cov, q, q) for d in ACTIVATIONS[name]] for _, name in group]
+        value = sum(w * d[0] for (w, _), d in zip(group, duals, strict=True)) / count
+        prime = sum(w * d[1] for (w, _), d in zip(group, duals, strict=True)) / count
+        mean = sum(w * np.sqrt(q / (2 * np.pi)) for w, name in group if name == "relu") / count  # tanh is odd
+        mean = mean * np.ones_like(q) * normed
+        scale = 1 / np.sqrt(np.diag(value) - mean**2 + eps) if normed else np.ones_like(q)
+        nngp += count / channels * (value - np.outer(mean, mean)) * np.outer(scale, scale)
+        slope += count / channels * prime * np.outer(scale, scale)
+    return nngp, channels * nngp + 1 + slope * (gram + 1) + normed * (nngp + 1)
