@@ -532,3 +532,44 @@ class DropoutResNet(nn.Module):
         x = x + nn.Dropout(0.3, deterministic=not train)(h)
         x = nn.relu(nn.Conv(self.width, (3, 3))(nn.relu(x))).mean(axis=(1, 2))
         return nn.Dense(1)(nn.Dropout(0.5, deterministic=not train)(x))
+
+
+class GroupedConvolution(nn.Module):
+    """ResNeXt's convolution: groups of channels that do not see each other."""
+
+    groups: int = 2
+    width: int = 64
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(self.width, (3, 3))(x))
+        x = nn.relu(nn.Conv(self.width, (3, 3), feature_group_count=self.groups, use_bias=False)(x))
+        return nn.Dense(1)(x.mean(axis=(1, 2)))
+
+
+class LocallyConnected(nn.Module):
+    """Convolution windows with weights of their own at every position, or shared; pooled or flattened."""
+
+    local: bool = True
+    flat: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.ConvLocal if self.local else nn.Conv
+        h = jnp.tanh(layer(64, (2, 2), padding="VALID", use_bias=False, kernel_init=small)(x))
+        h = h.reshape(h.shape[0], -1) if self.flat else h.mean(axis=(1, 2))
+        return nn.Dense(1)(h)
+
+
+class ScalarProduct(nn.Module):
+    """Two branches and their scalar product, as in a DeepONet."""
+
+    width: int = 64
+
+    @nn.compact
+    def __call__(self, x):
+        left, right = nn.Dense(self.width)(x), nn.Dense(self.width)(x)
+        return jnp.sum(left * right, axis=-1, keepdims=True)
+
+
+REFUSED[ScalarProduct] = "its fluctuations"

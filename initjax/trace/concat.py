@@ -14,7 +14,7 @@ from initjax.trace.align import MEASURE, const_rule, zeros
 from initjax.trace.domain import Cat, Const, Field, Sum, Tangent
 from initjax.trace.maps import Axis, Relayout, Window, xp_of
 from initjax.trace.rules import scaled, total
-from initjax.trace.shapes import cut, reshaped
+from initjax.trace.shapes import cut, reshape_to, reshaped
 from initjax.trace.views import WeightView
 from initjax.trace.walk import Walk, const, is_perturbation, near_of
 
@@ -257,7 +257,7 @@ def _reshaped(walk: Walk, value: Cat, shape: tuple[int, ...]) -> Any:
     if here % size == 0 and right % (here // size) == 0:
         for part in value.parts:
             new = (*head, part.shape[axis] * here // size, *tail)
-            parts.append(walk.step("reshape", _to(new), [part], new))
+            parts.append(walk.step("reshape", reshape_to(new), [part], new))
         groups = (1,) * at + (outer,) + (1,) * len(tail)
         return joined(walk, parts, axis_now, groups, value.near)
     if size % here:
@@ -273,7 +273,7 @@ def _reshaped(walk: Walk, value: Cat, shape: tuple[int, ...]) -> Any:
             whole = Cat(piece.parts, piece.axis, (1,) * len(fine), piece.near)
             parts.append(_within_group(walk, whole, head, width, tail))
         else:
-            parts.append(walk.step("reshape", _to(new), [piece], new))
+            parts.append(walk.step("reshape", reshape_to(new), [piece], new))
         start = stop
     groups = (1,) * at + (outer,) + (1,) * len(tail)
     return joined(walk, parts, axis_now, groups, value.near)
@@ -288,12 +288,8 @@ def _within_group(walk: Walk, value: Cat, head: tuple, width: int, tail: tuple) 
     parts = []
     for part in inner.parts:
         shape = part.shape[: len(head)] + (1,) + part.shape[len(head) :]
-        parts.append(walk.step("reshape", _to(shape), [part], shape))
+        parts.append(walk.step("reshape", reshape_to(shape), [part], shape))
     return joined(walk, parts, len(kept), groups + inner.groups[len(head) :], value.near)
-
-
-def _to(shape: tuple[int, ...]) -> dict:
-    return {"new_sizes": shape, "dimensions": None, "sharding": None}
 
 
 def _transpose(walk: Walk, value: Cat) -> list:
@@ -377,7 +373,7 @@ def _reduce_sum(walk: Walk, value: Cat) -> list:
         # one perturbed input among many channels moves a mean by O(1/n), as any other tangent does
         sums = [v for v in sums if not (isinstance(v, Field) and _perturbs(v))] or [zeros(walk)]
     whole = _added(walk, sums)
-    return [whole if whole.shape == out else walk.step("reshape", _to(out), [whole], out)]
+    return [whole if whole.shape == out else walk.step("reshape", reshape_to(out), [whole], out)]
 
 
 # ------------------------------------------------------------------ contractions, concatenation

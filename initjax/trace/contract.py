@@ -5,6 +5,7 @@ one role only. Everything else that `dot_general` can express is refused.
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +15,11 @@ from initjax.trace.flax import layer_of
 from initjax.trace.jaxpr import is_traced
 from initjax.trace.maps import Axis, xp_of
 from initjax.trace.rules import RULES
+from initjax.trace.shapes import reshape_to, transposed
 from initjax.trace.views import WeightView
 from initjax.trace.walk import Walk, contraction_pattern, near_of
 
+_POSITIONS = 128  # with weights of their own, one after the other
 _MEASURE = "measure this model at finite width with ij.empirical_ntk"
 
 
@@ -32,12 +35,8 @@ def _dot_general(walk: Walk, operands):
     if isinstance(left, WeightView) == isinstance(right, WeightView):
         raise walk.refuse(near_of(operands), *_no_weight(left, right))
     if lb:
-        raise walk.refuse(
-            near_of(operands),
-            "a contraction in which weights and data share a batch axis (one matrix for each position or head) is not "
-            "covered yet",
-            _MEASURE,
-        )
+        sides = (right, left, rc, lc, rb, lb) if isinstance(left, WeightView) else (left, right, lc, rc, lb, rb)
+        return [_shared(walk, *sides, weight_first=isinstance(left, WeightView))]
     if isinstance(right, WeightView):
         return [contract(walk, left, right, lc, rc, weight_first=False)]
     return [contract(walk, right, left, rc, lc, weight_first=True)]
@@ -45,46 +44,104 @@ def _dot_general(walk: Walk, operands):
 
 def _fixed_matrix(walk: Walk, left, right, contracted, batch) -> Field | None:
     """A known matrix along one axis of a field (interpolation, a smoothing): linear in the positions."""
-    from initjax.trace.shapes import transposed
     from initjax.trace.spatial import by_matrix
 
     kinds = (isinstance(left, Field) and isinstance(right, Const), isinstance(left, Const) and isinstance(right, Field))
     if not any(kinds) or batch or len(contracted[0]) != 1:
         return None
-    field, known = (left, right) if kinds[0] else (right, left)
+    field: Any = left if kinds[0] else right
+    known: Any = right if kinds[0] else left
     axis, row = (c[0] for c in (contracted if kinds[0] else contracted[::-1]))
     if len(known.shape) > 2:
         return None
-    matrix = xp_of(known.value).broadcast_to(known.value, known.shape)
-    matrix = np.moveaxis(matrix.reshape(known.shape), row, -1) if len(known.shape) == 2 else matrix[None]
+    matrix: Any = xp_of(known.value).broadcast_to(known.value, known.shape)
+    matrix = xp_of(matrix).moveaxis(matrix.reshape(known.shape), row, -1) if len(known.shape) == 2 else matrix[None]
     moved = by_matrix(walk, field, axis, matrix)
     rest = [i for i in range(len(field.shape)) if i != axis]
     if len(known.shape) == 1:
         body, groups = transposed(walk, moved, [axis, *rest])
         shape = tuple(field.shape[i] for i in rest)
-        params = {"new_sizes": shape, "dimensions": None, "sharding": None}
-        return walk.step("reshape", params, [Field(body, groups, field.near)], shape)
+        return walk.step("reshape", reshape_to(shape), [Field(body, groups, field.near)], shape)
     body, groups = transposed(walk, moved, [*rest, axis] if kinds[0] else [axis, *rest])
     return Field(body, groups, field.near)
 
 
+def _shared(
+    walk: Walk, data, view: WeightView, data_axes, weight_axes, data_batch, weight_batch, weight_first: bool
+) -> Any:
+    """One matrix for each group of channels, or for each position (locally connected layers, stacked models)."""
+    near, out = near_of([data]), walk.out_shape
+    (axis, *more), (row, *rows) = data_batch, weight_batch
+    kept = [a for a in range(len(data.shape)) if a not in (axis, *data_axes)]
+    free = len(view.shape) - 1 - len(weight_axes)
+    if isinstance(data, Field) and any(_is_channel(data, a) for a in data_batch):
+        if more:
+            raise walk.refuse(near, "weights and data share several batch axes, channels among them", _MEASURE)
+        field = contract(walk, data, view, data_axes, weight_axes, False, batch=((axis,), (row,)))
+        order = [a for a in range(len(data.shape)) if a not in data_axes]  # then the free axes of the weights
+        old, new = [order.index(a) for a in kept], list(range(len(order), len(order) + free))
+        layout = [order.index(axis), *(new + old if weight_first else old + new)]
+        body, groups = transposed(walk, field, layout)
+        return Field(body, groups, field.near)
+    count = view.shape[row]
+    if count > _POSITIONS:
+        raise walk.refuse(near, f"more than {_POSITIONS} positions with weights of their own", _MEASURE)
+    parts = []
+    for i in range(count):
+        one = [slice_at(walk, v, a, i) for v, a in ((data, axis), (view, row))]
+        sides = [(data_axes, more, axis), (weight_axes, rows, row)]
+        pairs = [[tuple(a - (a > b) for a in axes) for axes, _, b in sides],
+                 [tuple(a - (a > b) for a in axes) for _, axes, b in sides]]  # fmt: skip
+        numbers = tuple(tuple(pair[::-1] if weight_first else pair) for pair in pairs)
+        operands = one[::-1] if weight_first else one
+        part = walk.step("dot_general", {"dimension_numbers": numbers}, operands, out[1:])
+        parts.append(walk.step("reshape", reshape_to((1, *out[1:])), [part], (1, *out[1:])))
+    return walk.step("concatenate", {"dimension": 0}, parts, out)
+
+
+def _is_channel(field: Field, axis: int) -> bool:
+    start = sum(field.groups[:axis])
+    return field.groups[axis] == 1 and field.body.axes[start].channel
+
+
+def slice_at(walk: Walk, value, axis: int, index: int) -> Any:
+    """One entry of an axis, and the axis taken away."""
+    starts = [index if i == axis else 0 for i in range(len(value.shape))]
+    stops = [index + 1 if i == axis else n for i, n in enumerate(value.shape)]
+    shape = tuple(n for i, n in enumerate(value.shape) if i != axis)
+    params = {"start_indices": tuple(starts), "limit_indices": tuple(stops), "strides": None}
+    one = walk.step("slice", params, [value], (*shape[:axis], 1, *shape[axis:]))
+    return walk.step("reshape", reshape_to(shape), [one], shape)
+
+
 def contract(
-    walk: Walk, data, view: WeightView, data_axes, weight_axes, weight_first: bool, gaussian: bool = True
+    walk: Walk,
+    data,
+    view: WeightView,
+    data_axes,
+    weight_axes,
+    weight_first: bool,
+    gaussian: bool = True,
+    batch: tuple = ((), ()),
 ) -> Field:
-    """The field sum_k W_k. x_.k over the given program axes of the data; Gaussian unless said otherwise."""
+    """The field sum_k W_k. x_.k over the given program axes of the data; Gaussian unless said otherwise.
+
+    batch : program axes of the data, and of the weights, along which every channel has weights of its own.
+    """
     if isinstance(data, Const):
         data = Field(walk.as_sum(data), (1,) * len(data.shape))
     near, body = data.near, data.body
     starts = np.concatenate([[0], np.cumsum(data.groups)])
     pairs = sorted(zip(data_axes, weight_axes, strict=True))
     contracted = [int(a) for d, _ in pairs for a in range(starts[d], starts[d + 1])]
-    free = [a for a in range(len(view.shape)) if a not in weight_axes]
+    free = [*batch[1], *(a for a in range(len(view.shape)) if a not in (*weight_axes, *batch[1]))]
+    own = [int(starts[d]) for d in batch[0]]
     sizes = tuple(body.axes[a].size for a in contracted)
     moved = view.transposed([w for _, w in pairs] + free).reshaped(sizes + tuple(view.shape[a] for a in free))
     name = walk.leaf_name(view)
     if moved is None or any(s == 0 and n > 1 for n, s in zip(moved.shape, moved.strides, strict=True)):
         raise walk.refuse(near, f"the weight {name} is repeated or permuted inside the contraction", _MEASURE)
-    _check_channels(walk, body, contracted, name, near)
+    _check_channels(walk, body, contracted, name, near, own)
     walk.check_iid(view, near)
     # the contracted axes in the order of the weights' strides: partners in any other use of these weights
     strides = [abs(s) if n > 1 else 0 for s, n in zip(moved.strides, moved.shape, strict=True)]
@@ -94,6 +151,7 @@ def contract(
     walk.use("contracted", moved, contraction_pattern(body.axes, by_stride, moved), near)
     _clt_note(walk, view, body, sizes, contracted, gaussian)
 
+    free = free[len(own) :]
     channels = tuple(Axis(view.shape[a], True) for a in free)
     kept = tuple(a for i, a in enumerate(body.axes) if i not in contracted)
     kept_groups = tuple(count for p, count in enumerate(data.groups) if p not in data_axes)
@@ -121,10 +179,18 @@ def contract(
     return result
 
 
-def _check_channels(walk: Walk, body, contracted, name: str, near: str) -> None:
+def _check_channels(walk: Walk, body, contracted, name: str, near: str, own: list[int]) -> None:
     if isinstance(body, Sum) and body.is_constant:
         return
-    channels = [i for i, a in enumerate(body.axes) if a.channel]
+    channels = [i for i, a in enumerate(body.axes) if a.channel and i not in own]
+    if own and all(body.axes[i].size == 1 for i in channels):
+        raise walk.refuse(
+            near,
+            f"the weight {name} meets one channel in each group (a depthwise convolution): no central limit theorem "
+            "applies, and its outputs are not Gaussian",
+            "use more channels in a group; or " + _MEASURE,
+            what="a depthwise layer",
+        )
     if all(i in contracted for i in channels):
         if channels or isinstance(body, Tangent):  # of a tangent only the second moment is asked, which needs no CLT
             return
@@ -215,9 +281,9 @@ def _picked_positions(walk: Walk, field: Field, indices: Const) -> Field:
 def _gather(walk: Walk, operands):
     """Rows of an embedding, picked by known indices: the contraction with a one-hot array."""
     assert walk.equation is not None
+    if isinstance(operands[0], Field) and isinstance(operands[1], Const):
+        return [_picked_positions(walk, *operands)]
     table, indices = operands
-    if isinstance(table, Field) and isinstance(indices, Const):
-        return [_picked_positions(walk, table, indices)]
     numbers, sizes = walk.equation.params["dimension_numbers"], walk.equation.params["slice_sizes"]
     shape = walk.program.body.avals[walk.equation.outputs[0]].shape
     rows = (

@@ -99,8 +99,9 @@ def factors_of(atom: Atom) -> list[Sum]:
 def split_factors(side: Sum) -> list[Sum]:
     """A factor that is itself a plain product as its factors."""
     atom, c = side.terms[0] if len(side.terms) == 1 else (None, 0.0)
-    plain = isinstance(atom, Product) and isinstance(c, float) and c == 1.0 and is_zero(side.constant)
-    return split_factors(atom.left) + split_factors(atom.right) if plain else [side]
+    if not isinstance(atom, Product) or not isinstance(c, float) or c != 1.0 or not is_zero(side.constant):
+        return [side]
+    return split_factors(atom.left) + split_factors(atom.right)
 
 
 def separable(first: Atom, second: Atom) -> bool:

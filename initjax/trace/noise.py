@@ -68,10 +68,13 @@ def drawn(walk, operands: list) -> Any:
     if not walk.is_pointwise() or any(s is None for s in scalars):
         return None
     pairs = zip(operands, scalars, strict=True)
-    parts = [v.of if isinstance(v, Random) else s if np.asarray(s).dtype == bool else float(s) for v, s in pairs]
+    parts: list[Any] = [
+        v.of if isinstance(v, Random) else s if np.asarray(s).dtype == bool else float(s) for v, s in pairs
+    ]
 
     def of(u):
-        return evaluate(equation, [p(u) if callable(p) else np.full(u.shape, p) for p in parts])
+        arrays: list[Any] = [p(u) if callable(p) else np.full(u.shape, p) for p in parts]
+        return evaluate(equation, arrays)
 
     return same(of)
 
@@ -92,18 +95,19 @@ def _known(walk, operands: list) -> Const:
 
 def moments(draw: Random) -> tuple[float, float, tuple[float, float] | None]:
     """Mean, second moment, and the two values of a draw that takes only two."""
-    assert draw.of is not None
+    of = draw.of
+    assert of is not None
     u = (np.arange(4096) + 0.5) / 4096
-    values = draw.of(u).astype(np.float64)
+    values = of(u).astype(np.float64)
     levels = np.unique(values)
     if len(levels) <= 2:
         low, high = float(levels[0]), float(levels[-1])
-        chance = _chance(lambda u: draw.of(u).astype(np.float64) == high, values == high, u)
+        chance = _chance(lambda u: of(u).astype(np.float64) == high, values == high, u)
         mean, second = low + (high - low) * chance, low**2 + (high**2 - low**2) * chance
         return mean, second, (low, high) if len(levels) == 2 else None
     z, w = _normal_nodes()
     uniform = np.array([0.5 * math.erfc(-x / math.sqrt(2)) for x in z])
-    values = draw.of(np.clip(uniform, 0.0, 1 - 2.0**-52)).astype(np.float64)  # as JAX's own uniforms end
+    values = of(np.clip(uniform, 0.0, 1 - 2.0**-52)).astype(np.float64)  # as JAX's own uniforms end
     mean = float(w @ values)
     second = float(w @ values**2)
     return (0.0 if abs(mean) < 1e-12 * math.sqrt(second) else mean), second, None

@@ -102,7 +102,7 @@ def _by_mask(walk: Walk, mask, primitive, params: dict, bodies: list, near: str,
     low, high = noise.values
     found = []
     for value in (low, high):
-        cases = [given(walk, b, mask, value) if isinstance(b, Sum) else b for b in bodies]
+        cases: list[Any] = [given(walk, b, mask, value) if isinstance(b, Sum) else b for b in bodies]
         if any(c is None for c in cases):
             raise walk.refuse(near, "a dropout mask meets a nonlinearity after a sum or window over positions", MEASURE)
         if primitive.name == "mul":

@@ -96,6 +96,11 @@ def reshaped(walk: Walk, field: Field, shape: tuple[int, ...]) -> tuple[Any, tup
     return walk.arena.relayout(field.body, Relayout("reshape", tuple(axes))), tuple(groups)
 
 
+def reshape_to(shape: tuple[int, ...]) -> dict:
+    """Parameters of a reshape."""
+    return {"new_sizes": shape, "dimensions": None, "sharding": None}
+
+
 def transposed(walk: Walk, field: Field, permutation) -> tuple[Any, tuple[int, ...]]:
     """Body and groups of a field with its program axes permuted; channels keep their order."""
     starts = np.concatenate([[0], np.cumsum(field.groups)])

@@ -13,10 +13,10 @@ import numpy as np
 from initjax.trace.align import const_along, match, zeros
 from initjax.trace.concat import concatenated
 from initjax.trace.contract import contract
-from initjax.trace.domain import Const, Field, Tangent
+from initjax.trace.domain import Const, Field, Sum, Tangent
 from initjax.trace.maps import Axis, Box, Relayout, Window
 from initjax.trace.rules import RULES, total
-from initjax.trace.shapes import transposed
+from initjax.trace.shapes import reshape_to, reshaped, transposed
 from initjax.trace.views import WeightView
 from initjax.trace.walk import Walk, near_of
 
@@ -40,20 +40,26 @@ def _convolution(walk: Walk, operands):
         )
     if not isinstance(kernel, WeightView):
         raise walk.refuse(near_of(operands), "the kernel of the convolution is itself a random field", _MEASURE)
-    if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
-        raise walk.refuse(
-            near_of(operands),
-            "a grouped or depthwise convolution sums over few channels each: no central limit theorem over channels "
-            "applies",
-            _MEASURE,
-            what="a grouped convolution",
-        )
-    numbers = params["dimension_numbers"]
+    numbers, count = params["dimension_numbers"], params["feature_group_count"]
     if isinstance(data, Const):
         data = Field(walk.as_sum(data), (1,) * len(data.shape))
+    feature = numbers.lhs_spec[1]
+    if params["batch_group_count"] != 1 or count != 1 and isinstance(data.body, Sum) and data.body.is_constant:
+        raise walk.refuse(
+            data.near,
+            "a grouped convolution of the input gives every group of channels another distribution",
+            "put a Conv over all channels first; or " + _MEASURE,
+            what="a grouped convolution",
+        )
+    split = ()
+    if count != 1:  # the features as (groups, channels of a group)
+        split = (count, data.shape[feature] // count)
+        body, groups = reshaped(walk, data, (*data.shape[:feature], *split, *data.shape[feature + 1 :]))
+        data = Field(body, groups, data.near)
     spatial, out_spatial = numbers.lhs_spec[2:], numbers.out_spec[2:]
+    spatial = tuple(a + (count != 1 and a > feature) for a in spatial)
     out_shape = walk.program.body.avals[walk.equation.outputs[0]].shape
-    if any(data.groups[a] != 1 for a in (numbers.lhs_spec[0], *spatial)):
+    if any(data.groups[a] != 1 for a in spatial):
         raise walk.refuse(data.near, "positions and channels were merged into one axis before", _MEASURE)
     starts = np.concatenate([[0], np.cumsum(data.groups)])
     weights = kernel.transposed((*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0]))
@@ -80,11 +86,23 @@ def _convolution(walk: Walk, operands):
         one = weights.sliced((*taps, 0, 0), (*ends, *weights.shape[-2:]), (1,) * len(weights.shape))
         one = one.reshaped(weights.shape[-2:])
         assert one is not None
-        result = contract(walk, Field(body, data.groups, data.near), one, (numbers.lhs_spec[1],), (0,), False)
+        tap = Field(body, data.groups, data.near)
+        if split:
+            one = one.reshaped((one.shape[0], count, one.shape[1] // count))
+            assert one is not None
+            result = contract(walk, tap, one, (feature + 1,), (0,), False, batch=((feature,), (1,)))
+        else:
+            result = contract(walk, tap, one, (feature,), (0,), False)
         bodies.append(result.body)
     if result is None:
         return [zeros(walk)]
     field = Field(total(walk, bodies) if len(bodies) > 1 else bodies[0], result.groups, result.near)
+    if split:  # the groups beside the channels that each of them makes, as one axis
+        last = len(field.shape) - 1
+        moved, groups = transposed(walk, field, [i for i in range(last) if i != feature] + [feature, last])
+        field = Field(moved, groups, field.near)
+        body, groups = reshaped(walk, field, (*field.shape[:-2], field.shape[-2] * field.shape[-1]))
+        field = Field(body, groups, field.near)
     # contract leaves the kept axes in the data's order and the channels last
     order = [axis for axis in range(len(out_shape)) if axis != numbers.lhs_spec[1]]
     names = {axis: numbers.out_spec[numbers.lhs_spec.index(axis)] for axis in order}
@@ -170,8 +188,7 @@ def _stack(walk: Walk, operands):
     assert walk.equation is not None
     axis, out = walk.equation.params.get("axis", 0), walk.out_shape
     one = (*out[:axis], 1, *out[axis + 1 :])
-    params = {"new_sizes": one, "dimensions": None, "sharding": None}
-    parts = [walk.step("reshape", params, [v], one) for v in operands]
+    parts = [walk.step("reshape", reshape_to(one), [v], one) for v in operands]
     return [walk.step("concatenate", {"dimension": axis}, parts, out)]
 
 
