@@ -45,7 +45,8 @@ def _atom(walk: Walk, atom: Atom, axis: int, cut: Cut) -> Atom | None:
         walk.doubts.setdefault(made.number, walk.doubts[atom.number])
         return made
     if isinstance(atom, Noise):  # some of its entries: draws of the same kind, apart from those of any other cut
-        fields = ((*atom.key, axis, cut), atom.mean, atom.second, atom.values)
+        key = atom.key if (cut[0], cut[2]) == (0, 1) else (*atom.key, axis, cut[0], cut[2])
+        fields = (key, atom.mean, atom.second, atom.values)
         return arena.atom(Noise, (id(atom), axis, cut), axes, *fields)
     assert isinstance(atom, Lin)
     found = _before(atom, axis)

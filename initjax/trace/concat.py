@@ -13,6 +13,8 @@ import numpy as np
 from initjax.trace.align import MEASURE, const_rule, zeros
 from initjax.trace.domain import Cat, Const, Field, Sum, Tangent
 from initjax.trace.maps import Axis, Relayout, Window, xp_of
+from initjax.trace.noise import Random
+from initjax.trace.noise import known as as_given
 from initjax.trace.rules import scaled, total
 from initjax.trace.shapes import cut, reshape_to, reshaped
 from initjax.trace.views import WeightView
@@ -25,6 +27,8 @@ def cat_rule(walk: Walk, operands: list) -> list:
     """The current equation, at least one of whose operands is a `Cat`."""
     assert walk.equation is not None
     name = walk.equation.name
+    if not walk.is_pointwise():
+        operands = [as_given(v) for v in operands]
     if name in ("reshape", "squeeze", "expand_dims"):
         return [_reshaped(walk, operands[0], walk.out_shape)]
     if name in _SHAPES:
@@ -104,6 +108,9 @@ def _piece(walk: Walk, value, axis: int, start: int, stop: int) -> Any:
         if np.shape(array)[axis] > 1:
             array = array[(slice(None),) * axis + (slice(start, stop),)]
         return Const(array, shape, value.leaf)
+    if isinstance(value, Random):  # other entries of one draw are independent of these
+        key = value.key if start == 0 else value.key + f"{axis}@{start}".encode()
+        return Random(value.of, key, _piece(walk, value.known, axis, start, stop), value.own)
     if isinstance(value, WeightView):
         starts = [start if i == axis else 0 for i in range(len(shape))]
         stops = [stop if i == axis else n for i, n in enumerate(value.shape)]
@@ -168,6 +175,11 @@ def _fine(walk: Walk, value, like: Cat) -> Any:
             shape += sizes[at : at + count] if np.shape(array)[axis] > 1 else [1] * count
             at += count
         return Const(array.reshape(tuple(shape)), tuple(sizes), value.leaf)
+    if isinstance(value, Random):
+        if not all(value.own):
+            return _fine(walk, value.known, like)
+        given = walk.step("reshape", reshape_to(tuple(sizes)), [value.known], tuple(sizes))
+        return Random(value.of, value.key, given, (True,) * len(sizes))
     if isinstance(value, WeightView):
         view = value.reshaped(tuple(sizes))
         if view is None:
