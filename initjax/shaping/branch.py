@@ -35,7 +35,7 @@ def limits(layer: Layer) -> list[np.ndarray]:
     for kink in layer.act.kinks:
         beta = np.concatenate([beta, kink - _START * np.linspace(-7, 7, 141)])
     beta = np.unique(beta)
-    shape, _ = layer.at(np.stack([np.full_like(beta, start), np.arcsinh(beta)], 1))
+    shape = layer.shape(np.stack([np.full_like(beta, start), np.arcsinh(beta)], 1))
     b, level = shape.balance, shape.level
     with np.errstate(invalid="ignore"):
         crosses = (np.sign(b[1:]) != np.sign(b[:-1])) & np.isfinite(level[1:] + level[:-1])

@@ -15,24 +15,22 @@ numbers of order one is taken, and a thousand layers are as easy as ten.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from initjax.errors import QuadratureError
 from initjax.gaussian.activation import Activation
-from initjax.gaussian.nodes import legendre
-from initjax.trace.jaxpr import float64
+from initjax.gaussian.nodes import panel_nodes
 
 REACH = 10.0  # standard deviations: beyond, the Gaussian weight is 2e-22
 _MOST_BREAKS = 100
-_SIZES = (1, 256)  # batches that are compiled; everything is padded to one of them
+_STEP = 3e-5  # of the Jacobian's central differences: 1e-9 is left, and Newton squares its error all the same
+_CHUNK = 600_000  # nodes evaluated at once
 
 
 class Shape(NamedTuple):
-    """One layer at one (log alpha, beta).
+    """Layers at some (log alpha, beta); arrays (B,).
 
     Attributes
     ----------
@@ -40,14 +38,12 @@ class Shape(NamedTuple):
     balance : Q'(1) less its target, in units of C'(1) - 1 for DKS and of 1 - a^2 / V for TAT: of order one however
         linear the layer is.
     gamma, delta : output scale and shift.
-    linear : a^2 / V, the share of the linear part.
     """
 
-    level: Any
-    balance: Any
-    gamma: Any
-    delta: Any
-    linear: Any
+    level: np.ndarray
+    balance: np.ndarray
+    gamma: np.ndarray
+    delta: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,82 +65,54 @@ class Layer:
                 break
         return edges, reach
 
-    @functools.cached_property
-    def _moving(self) -> bool:
-        """Whether an integrand jumps where the edges are, so that their motion counts."""
-        bent = self.act.prime
-        return bool(bent.jumps) or bool(self.sign and bent.prime.jumps)
-
-    def shape(self, x, q_slope=1.0) -> Shape:
-        """The layer at x = (log alpha, arsinh beta), in x's dtype."""
-        fn = self.act.fn
-        alpha, beta = jnp.exp(x[0]), jnp.sinh(x[1])
-        z, w = _nodes(jnp.asarray(self.breaks[0], x.dtype), alpha, beta, self._moving)
-        u = alpha * z + beta
-        one = jnp.ones_like(u)
-
-        def slopes(u):
-            return jax.jvp(fn, (u,), (one,))
-
-        if self.sign:
-            (f, slope), (_, bend) = jax.jvp(slopes, (u,), (one,))
-        else:
-            (f, slope), bend = slopes(u), one
-        base = jax.lax.stop_gradient(fn(beta))  # any constant near m: r is then free of cancellation
-        f, slope = f - base, alpha * slope
-        mean, a = w @ f, w @ slope
-        r, dr = f - mean - a * z, slope - a
-        rest, steep = w @ (r * r), w @ (dr * dr)
-        excess = steep - rest  # of C'(1), unnormalised
-        q_excess = a * (w @ ((z * z - 1) * dr)) + w @ (z * r * dr)
-        if not self.sign:
-            v = a * a + rest
-            balance = (q_excess - rest - (q_slope - 1) * v) / excess
-            return Shape(jnp.log(excess / v), balance, jax.lax.rsqrt(v), -(mean + base), a * a / v)
-        v = a * a + steep
-        c = self.sign * jnp.sqrt(excess)
-        balance = (q_excess + c * (w @ (z * dr)) - steep - (q_slope - 1) * v) / steep
-        curvature = alpha**4 * (w @ (bend * bend)) / v
-        return Shape(jnp.log(curvature), balance, jax.lax.rsqrt(v), c - (mean + base), a * a / v)
-
-    @functools.cached_property
-    def _compiled(self):
-        def both(x, q_slope):
-            def pair(x):
-                s = self.shape(x, q_slope)
-                return jnp.stack([s.level, s.balance]), s
-
-            jacobian, s = jax.jacfwd(pair, has_aux=True)(x)
-            return s, jacobian
-
-        return jax.jit(jax.vmap(both, in_axes=(0, None)))
+    def shape(self, x: np.ndarray, q_slope: float = 1.0) -> Shape:
+        """The layers at x of shape (B, 2), columns log alpha and arsinh beta."""
+        most = max(1, _CHUNK // (20 * (len(self.breaks[0]) + 10)))
+        parts = [self._shape(x[i : i + most], q_slope) for i in range(0, len(x), most)]
+        return Shape(*(np.concatenate(v) for v in zip(*parts, strict=True)))
 
     def at(self, x: np.ndarray, q_slope: float = 1.0) -> tuple[Shape, np.ndarray]:
-        """Float64 values at concrete x of shape (B, 2), and the Jacobian (B, 2, 2) of (level, balance)."""
-        parts = []
-        for start in range(0, len(x), _SIZES[-1]):
-            part = x[start : start + _SIZES[-1]]
-            size = next(s for s in _SIZES if s >= len(part))
-            padded = np.concatenate([part, np.broadcast_to(part[-1:], (size - len(part), 2))])
-            with float64():
-                shape, jacobian = self._compiled(jnp.asarray(padded), jnp.asarray(q_slope, jnp.float64))
-                parts.append([np.asarray(v)[: len(part)] for v in (*shape, jacobian)])
-        *shape, jacobian = (np.concatenate(v) for v in zip(*parts, strict=True))
-        return Shape(*shape), jacobian
+        """The same, and the Jacobian (B, 2, 2) of (level, balance) in x."""
+        steps = _STEP * np.array([[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]])
+        all_ = self.shape((x[None] + steps[:, None]).reshape(-1, 2), q_slope)
+        level, balance = (v.reshape(5, -1) for v in (all_.level, all_.balance))
+        slopes = [[(v[k] - v[k + 1]) / (2 * _STEP) for k in (1, 3)] for v in (level, balance)]
+        return Shape(*(v[: len(x)] for v in all_)), np.moveaxis(np.array(slopes), 2, 0)
+
+    def _shape(self, x, q_slope) -> tuple[np.ndarray, ...]:
+        alpha, beta = np.exp(x[:, :1]), np.sinh(x[:, 1:])
+        z, w = _nodes(self.breaks[0], alpha, beta)
+        f, slope = self.act.values_slopes(alpha * z + beta)
+        base = self.act.values(beta)  # any constant near m: r is then free of cancellation
+        f, slope = f - base, alpha * slope
+
+        def mean_of(v):
+            return np.einsum("bn,bn->b", w, v)
+
+        mean, a = mean_of(f), mean_of(slope)
+        r, dr = f - mean[:, None] - a[:, None] * z, slope - a[:, None]
+        rest, steep = mean_of(r * r), mean_of(dr * dr)
+        excess = steep - rest  # of C'(1), unnormalised
+        q_excess = a * mean_of((z * z - 1) * dr) + mean_of(z * r * dr)
+        shift = mean + base[:, 0]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            if not self.sign:
+                v = a * a + rest
+                balance = (q_excess - rest - (q_slope - 1) * v) / excess
+                return np.log(excess / v), balance, 1 / np.sqrt(v), -shift
+            v = a * a + steep
+            c = self.sign * np.sqrt(excess)
+            balance = (q_excess + c * mean_of(z * dr) - steep - (q_slope - 1) * v) / steep
+            _, bend = self.act.prime.values_slopes(alpha * z + beta)
+            return np.log(alpha[:, 0] ** 4 * mean_of(bend * bend) / v), balance, 1 / np.sqrt(v), c - shift
 
 
-def _nodes(breaks: jax.Array, alpha, beta, moving: bool) -> tuple[jax.Array, jax.Array]:
-    """z and weights for z ~ N(0, 1), panels split where alpha z + beta meets a break; differentiable in both.
-
-    Where an integrand jumps the edges move with alpha and beta, and the nodes with them: so the derivative of E[phi'^2]
-    counts the jump of phi' at a moving kink. Elsewhere they are held, which is the same and cheaper.
-    """
-    dtype = breaks.dtype
-    if not moving:
-        alpha, beta = jax.lax.stop_gradient((alpha, beta))
-    own = jnp.clip((breaks - beta) / alpha, -REACH, REACH)
-    edges = jnp.sort(jnp.concatenate([jnp.linspace(-REACH, REACH, 11, dtype=dtype), own]))
-    middle, half = ((edges[1:] + edges[:-1]) / 2)[:, None], ((edges[1:] - edges[:-1]) / 2)[:, None]
-    nodes, weights = (jnp.asarray(v, dtype)[None, :] for v in legendre(20))
-    z = (middle + half * nodes).ravel()
-    return z, (half * weights).ravel() * jnp.exp(-z * z / 2) / np.sqrt(2 * np.pi).astype(dtype)
+def _nodes(breaks: np.ndarray, alpha: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """z and weights (B, n) for z ~ N(0, 1), panels split where alpha z + beta meets a break."""
+    own = np.clip((breaks[None] - beta) / alpha, -REACH, REACH)
+    unit = np.broadcast_to(np.linspace(-REACH, REACH, 11), (len(own), 11))
+    edges = np.sort(np.concatenate([unit, own], axis=1), axis=1)
+    used = np.any(np.diff(edges, axis=1) > 0, axis=0)  # most breaks lie beyond the reach of a small alpha
+    edges = edges[:, np.concatenate([used, [True]])] if not used.all() else edges
+    z, w = panel_nodes(edges)
+    return z, w * np.exp(-z * z / 2) / np.sqrt(2 * np.pi)

@@ -109,7 +109,7 @@ def _fitted(layer: Layer, curve: list[Point], cells: np.ndarray) -> tuple[np.nda
     powers = between[:, None] ** np.arange(_DEGREE)
     found = np.einsum("ckd,pd->cpk", rows, powers)
     wanted = cells[:, :1] + (cells[:, 1:] - cells[:, :1]) * (between[None, :] + 1) / 2
-    there, _ = layer.at(np.stack([found[..., 0].ravel(), np.arcsinh(found[..., 1].ravel())], 1))
+    there = layer.shape(np.stack([found[..., 0].ravel(), np.arcsinh(found[..., 1].ravel())], 1))
     scale = np.exp(np.minimum(wanted.ravel(), 0.0))  # of C'(1) - 1
     miss = np.abs(there.level - wanted.ravel()) * scale + np.abs(there.balance) * scale
     miss += np.abs(np.log(there.gamma) + found[..., 0].ravel() - found[..., 2].ravel())
@@ -140,7 +140,7 @@ def newton(layer: Layer, level: np.ndarray, x: np.ndarray, q_slope: float = 1.0)
         x = x + step * np.minimum(1.0, 0.3 / np.maximum(size, 1e-300))
         if np.all(size < 1e-8 + 1e-14 * np.exp(-2 * x[:, :1])):
             break
-    return x, layer.at(x, q_slope)[0]
+    return x, layer.shape(x, q_slope)
 
 
 @functools.cache
