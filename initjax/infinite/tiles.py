@@ -24,7 +24,7 @@ from initjax.trace.jaxpr import is_traced
 from initjax.trace.maps import Axes, extents, xp_of
 from initjax.trace.walk import INPUTS, Walked
 
-_TILE = 1 << 21  # bytes of the largest array of a tile: it stays in the cache, and steps cost more than their dispatch
+_TILE = 1 << 20  # bytes of the largest array of a tile: it stays in the cache, and steps cost more than their dispatch
 _FEW = 128  # positions of all examples up to which a batch is one tile, and nothing need be counted
 _SCRATCH = 4  # arrays of that size that are alive, beside what is remembered, while one moment is computed
 
