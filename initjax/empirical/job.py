@@ -65,26 +65,30 @@ class Job:
 
     def peak(self, tiles: Tiling, params, x1, x2) -> int:
         """Bytes that the compiled programs of a tiling hold at once, beside parameters, inputs and the kernel."""
-        (features1, features2), contract = self.programs(tiles._replace(bytes=0))
+        (features1, features2), contract, whole = self.programs(tiles._replace(bytes=0))
         symmetric = x2 is None
         n1, n2 = (len(jax.tree.leaves(x)[0]) for x in (x1, x1 if symmetric else x2))
         block1 = _abstract_block(x1, tiles.rows)
+        if self.is_single(tiles, n1, n2):
+            return whole.prepare(params, block1, None if symmetric else _abstract_block(x2, tiles.columns))[1]
         left, passes = features1.prepare(params, block1, START)
         right = left
         if not symmetric:
             right, more = features2.prepare(params, _abstract_block(x2, tiles.columns), START)
             passes = max(passes, more)
-        single = n1 <= tiles.rows and n2 <= tiles.columns and tiles.outputs >= self.k
-        kinds = [symmetric] if symmetric and single else [True, False] if symmetric else [False]
-        tile = [contract[same].prepare(left, right) for same in kinds]
-        most = max(temporary + (1 + (not single)) * _bytes(out) for out, temporary in tile)
-        one = _bytes(left) + (_bytes(right) if not (symmetric and single) else 0)
-        held = _bytes(left) * -(-n1 // tiles.rows) + _bytes(right) * (not symmetric) if tiles.resident else one
+        tile = [contract[same].prepare(left, right) for same in ([True, False] if symmetric else [False])]
+        most = max(temporary + 2 * _bytes(out) for out, temporary in tile)
+        held = _bytes(left) * -(-n1 // tiles.rows) if tiles.resident else _bytes(left) + _bytes(right)
         return held + max(passes, most)
+
+    def is_single(self, tiles: Tiling, n1: int, n2: int) -> bool:
+        """Whether one tile is the whole kernel."""
+        return n1 <= tiles.rows and n2 <= tiles.columns and tiles.outputs >= self.k
 
     @functools.cache  # noqa: B019  a job lives as long as its network
     def programs(self, tiles: Tiling):
-        """`features[side](params, block, start)` and `contract[same](left, right)`."""
+        """`features[side](params, block, start)`, `contract[same](left, right)`, and `whole(params, x1, x2)`: both in
+        one, which XLA arranges so that less is held."""
 
         def features_of(plan, params, x, start):
             options: dict = dict(chunk=tiles.outputs, outputs=self.outputs, dtype=self.dtype, by_leaf=self.by_leaf)
@@ -97,10 +101,15 @@ class Job:
                 tile = (tile + mirrored(tile, self.outputs)) / np.asarray(2, self.dtype)
             return tile / np.asarray(self.k, self.dtype) if self.outputs == "trace" else tile
 
+        def whole(params, x1, x2):
+            left = features_of(self.plans[0], params, x1, START)
+            right = left if x2 is None else features_of(self.plans[1], params, x2, START)
+            return contract(x2 is None, left, right)
+
         sides = [Compiled(functools.partial(features_of, plan)) for plan in self.plans]
         if self.plans[0] is self.plans[1]:
             sides[1] = sides[0]
-        return sides, {same: Compiled(functools.partial(contract, same)) for same in (False, True)}
+        return sides, {same: Compiled(functools.partial(contract, same)) for same in (False, True)}, Compiled(whole)
 
 
 class Compiled:

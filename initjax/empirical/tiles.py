@@ -9,7 +9,7 @@ import numpy as np
 
 from initjax.empirical.blocks import Tiling
 from initjax.empirical.devices import Ring
-from initjax.empirical.job import START, Job, mirrored
+from initjax.empirical.job import Job, mirrored
 from initjax.errors import PartialKernelError
 from initjax.trace.jaxpr import is_traced
 
@@ -30,11 +30,8 @@ class Run:
         if self.traced:
             return self._fill(jnp.zeros(self.shape, job.dtype))
         n1, n2 = self._examples()
-        if n1 <= tiles.rows and n2 <= tiles.columns and tiles.outputs >= job.k and self.ring is None:
-            (features1, features2), contract = job.programs(tiles._replace(bytes=0))
-            left = features1(self.params, self.x1, START)
-            right = left if symmetric else features2(self.params, self.x2, START)
-            return contract[symmetric](left, right)
+        if job.is_single(tiles, n1, n2) and self.ring is None:
+            return job.programs(tiles._replace(bytes=0))[2](self.params, self.x1, self.x2)
         if self.kernel is None:  # tiles are put together on the host
             self.kernel = np.zeros(self.shape, job.dtype)
             self.x1, self.x2 = (None if x is None else jax.tree.map(np.asarray, x) for x in (self.x1, self.x2))
@@ -88,7 +85,7 @@ class Run:
         scale = 1 if self.ring is None else self.ring.size
         size1, size2 = tiles.rows * scale, tiles.columns * scale
         chunks = np.arange(0, job.k, tiles.outputs, dtype=np.int32)
-        (features1, features2), contract = job.programs(tiles._replace(bytes=0))
+        (features1, features2), contract, _ = job.programs(tiles._replace(bytes=0))
         kept: dict = {}
         seen: dict = {}
 
