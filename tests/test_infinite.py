@@ -19,7 +19,7 @@ RNG = np.random.default_rng(0)
 X = RNG.normal(size=(4, 10)).astype(np.float32)
 SEQUENCE = RNG.normal(size=(3, 5, 6)).astype(np.float32)
 IMAGES = RNG.normal(size=(2, 4, 4, 3)).astype(np.float32)
-IMAGE_MODELS = (zoo.MaxPooled, zoo.Depthwise, zoo.Blurred)
+IMAGE_MODELS = (zoo.MaxPooled, zoo.Depthwise, zoo.Blurred, zoo.ConvNeXtBlock)
 TOKENS = RNG.integers(0, 11, size=(3, 5))
 NAMES = ("relu", "leaky_relu", "abs", "erf", "gelu", "tanh")
 EXACT = 1e-10  # both sides are converged quadrature or closed forms in float64; seen: 1e-14

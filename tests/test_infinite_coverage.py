@@ -110,3 +110,13 @@ def test_depthwise_outputs_are_not_gaussian():
     assert np.mean(y**4) / np.mean(y**2) ** 2 > 6  # its error is about 0.5
     with pytest.raises(UnsupportedLayerError, match="one channel in each group"):
         ij.kernel_fn(zoo.Depthwise(), IMAGES)
+
+
+@pytest.mark.parametrize("scale", [3.0, 30.0])
+def test_gelu_of_large_inputs(scale):
+    """Inputs that nobody has normalised: for large q gelu is relu, up to O(1/q)."""
+    x = scale * X
+    gelu, relu = (ij.kernel_fn(nn.Sequential([nn.Dense(32), phi, nn.Dense(1)]), x)(x) for phi in (nn.gelu, nn.relu))
+    q = np.sum(x.astype(float) ** 2, axis=1) / 10
+    error = np.abs(np.diag(gelu.nngp) / np.diag(relu.nngp) - 1)
+    assert np.all(error < 1 / q) and np.all(np.isfinite(gelu.ntk))

@@ -573,3 +573,49 @@ class ScalarProduct(nn.Module):
 
 
 REFUSED[ScalarProduct] = "its fluctuations"
+
+
+class LeNet(nn.Module):
+    """Convolutions, average pooling, dense layers."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.avg_pool(jnp.tanh(nn.Conv(32, (3, 3))(x)), (2, 2), (2, 2))
+        x = jnp.tanh(nn.Conv(64, (2, 2), padding="VALID")(x))
+        x = jnp.tanh(nn.Dense(64)(x.reshape(x.shape[0], -1)))
+        return nn.Dense(3)(x)
+
+
+class Autoencoder(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        h = nn.relu(nn.Dense(64)(x))
+        h = nn.relu(nn.Dense(64)(nn.Dense(32)(h)))
+        return nn.Dense(x.shape[-1])(h)
+
+
+class Siren(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        h = jnp.sin(3.0 * nn.Dense(64)(x))
+        return nn.Dense(1)(jnp.sin(nn.Dense(64)(h)))
+
+
+class DeepSets(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        h = nn.Dense(64)(nn.relu(nn.Dense(64)(x))).mean(axis=1)
+        return nn.Dense(1)(nn.relu(h))
+
+
+class ConvNeXtBlock(nn.Module):
+    """Depthwise convolution, norm, inverted bottleneck: refused, one channel in each group."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(32, (1, 1))(x)
+        h = nn.LayerNorm()(nn.Conv(32, (3, 3), feature_group_count=32)(x))
+        return nn.Dense(1)((x + nn.Dense(32)(nn.gelu(nn.Dense(64)(h)))).mean(axis=(1, 2)))
+
+
+REFUSED[ConvNeXtBlock] = "one channel in each group"

@@ -168,9 +168,10 @@ class Activation:
             todo += list(zip(cuts[:-1], cuts[1:], strict=True))
         cells = np.array(todo)
         done = [cells.ravel()]
-        count = 0
+        count = depth = 0
         while cells.size:
-            unresolved = self._unresolved(cells)
+            unresolved = self._unresolved(cells, 1e-9 if depth > 8 else 0.0)
+            depth += 1
             done.append(cells[~unresolved].ravel())
             split = cells[unresolved]
             tiny = (split[:, 1] - split[:, 0]) < 1e-11 * np.maximum(1.0, np.abs(split).max(axis=1))
@@ -191,7 +192,11 @@ class Activation:
             cells = np.concatenate([np.stack([split[:, 0], middle], 1), np.stack([middle, split[:, 1]], 1)])
         return np.unique(np.concatenate(done))
 
-    def _unresolved(self, cells: np.ndarray) -> np.ndarray:
+    def _unresolved(self, cells: np.ndarray, noise: float) -> np.ndarray:
+        """Which cells to halve. `noise`, relative: what halving has not removed so far is rounding, not structure.
+
+        The second derivative of gelu as JAX writes it carries x^5 (1 - tanh^2), 1e-9 where tanh saturates at x = 50.
+        """
         nodes, _ = legendre(ORDER)
         middle, half = cells.mean(axis=1, keepdims=True), np.diff(cells, axis=1) / 2
         both = np.stack(self.values_slopes(middle + half * nodes))  # (2, cells, nodes)
@@ -210,7 +215,7 @@ class Activation:
         value, slope = np.maximum(self._amplitude, 1e-300)
         position = 2e-15 * np.abs(cells).max(axis=1) * slope / value  # x itself is rounded
         # second derivatives as JAX writes them (1 - tanh^2 where tanh saturates) carry 1e-13 of rounding
-        floor = np.stack([(1e-14 + position) * value, (1e-12 + position) * slope])
+        floor = np.stack([(1e-14 + position + noise) * value, (1e-12 + position + noise) * slope])
         # where f is nothing beside its amplitude, noise is no structure: gelu' as JAX writes it is 1e-13 at x = -20
         nothing = size < 1e-12 * np.array([[value], [slope]])
         return np.any((tail > np.array([[1e-13], [1e-12]]) * size + floor) & ~nothing, axis=0)
