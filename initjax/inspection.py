@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from initjax.errors import InputError, UnsupportedLayerError
+from initjax.errors import InputError
+from initjax.inspection_blocks import BlockReport, repeated_blocks
 
 NTK_DRAWS = 4  # networks whose tangent kernels are measured, if as many are measured at all
 PHASE_GAIN = 10.0
@@ -68,7 +69,10 @@ class Inspection:
     condition_number, condition_number_measured : of the tangent kernel on the inputs; measured as decimal logarithm.
     max_learning_rate, max_learning_rate_measured : largest stable learning rate of full-batch gradient descent on the
         mean squared error over the inputs, 1/(2n) sum (f - y)^2.
+    blocks : one `BlockReport` for each block that the model repeats, with its chi and phase.
+    wrong_fans : a line for each weight whose initializer has another fan than the sum it takes part in.
     refusal : why the exact theory does not cover the model; None where it does.
+    particles : behind predictions that are estimates, see `kernel_fn`; 0 where they are exact or missing.
     notes : warnings of the two sides.
     inputs : number of inputs.
     networks, kernels : numbers of random networks behind the measurements, and behind those of tangent kernels.
@@ -87,6 +91,9 @@ class Inspection:
     inputs: int
     networks: int
     kernels: int
+    blocks: tuple[BlockReport, ...] = ()
+    wrong_fans: tuple[str, ...] = ()
+    particles: int = 0
 
     def to_dict(self) -> dict:
         """The report as dicts, lists, numbers, strings and None; infinities and nan stay floats."""
@@ -131,6 +138,8 @@ def inspect(
     seeds: int = 8,
     apply_kwargs: dict | None = None,
     rngs: Any = None,
+    on_unsupported: str = "raise",
+    particles: int = 4096,
 ) -> Inspection:
     r"""Report what the initialization of a model does: predicted at infinite width, measured at its own.
 
@@ -143,6 +152,8 @@ def inspect(
     kernels : measure tangent kernels too (of at most 4 networks), in float64.
     seeds : number of random networks to measure.
     apply_kwargs, rngs : as in `kernel_fn`.
+    on_unsupported : "raise": no prediction where the exact theory ends. "monte_carlo": an estimated one there.
+    particles : of that estimate, see `kernel_fn`.
 
     Returns
     -------
@@ -180,6 +191,7 @@ def inspect(
     """
     from initjax import empirical
     from initjax.infinite import kernel_fn
+    from initjax.reinit.audit import audit_fans
     from initjax.trace.flax import as_functional
 
     if isinstance(seeds, bool) or not isinstance(seeds, int | np.integer) or seeds < 1:
@@ -190,13 +202,22 @@ def inspect(
     functional = as_functional(model, inputs, **options)
     n = len(jax.tree.leaves(inputs)[0])
     predicted, refusal = None, None
-    try:
-        predicted = kernel_fn(model, inputs, **options)(inputs)
-    except UnsupportedLayerError as error:
-        refusal = str(error)
+    notes: list[str] = []
+    chosen = dict(on_unsupported=on_unsupported, particles=particles)
+    predicted, refusal = _try(lambda: kernel_fn(model, inputs, **chosen, **options)(inputs), "")
     signal_key, kernel_key = jax.random.split(key)
-    measured = empirical.measure(model, inputs, key=signal_key, seeds=seeds, **options) if depth_report else None
-    found = _measured_kernels(functional, inputs, kernel_key, min(seeds, NTK_DRAWS)) if kernels else []
+    measured, found = None, []
+    if depth_report:
+        measure = lambda: empirical.measure(model, inputs, key=signal_key, seeds=seeds, **options)  # noqa: E731
+        measured, missing = _try(measure, "layers are not measured: ")
+        notes += [missing] if missing else []
+    if kernels:
+        draws = min(seeds, NTK_DRAWS)
+        found, missing = _try(
+            lambda: _measured_kernels(functional, inputs, kernel_key, draws), "tangent kernels are not measured: "
+        )
+        notes += [missing] if missing else []
+    fans, _ = _try(lambda: audit_fans(model, inputs, **options), "")
     layers = _join(predicted, measured, n)
     gradient = _ratio([layer.gradient for layer in layers])
     ratios = None
@@ -204,7 +225,7 @@ def inspect(
         samples = measured.gradient_samples.mean(-1)
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios = _over(np.log10(samples[:, 0]) - np.log10(samples[:, -1]))
-    notes = list(predicted.notes) if predicted is not None else []
+    notes += list(predicted.notes) if predicted is not None else []
     if measured is not None and measured.not_measured:
         notes.append(f"not measured, since they meet no data outside a loop: {', '.join(measured.not_measured)}")
     return Inspection(
@@ -212,13 +233,26 @@ def inspect(
         phase=_phase([layer.chi for layer in layers[1:]]) if predicted is not None else "unknown",
         gradient_ratio=gradient,
         gradient_ratio_measured=ratios,
-        **_spectra(None if predicted is None else np.asarray(predicted.ntk), found, n),
+        **_spectra(None if predicted is None else np.asarray(predicted.ntk), found or [], n),
         refusal=refusal,
         notes=tuple(notes),
         inputs=n,
         networks=0 if measured is None else measured.q_samples.shape[0],
-        kernels=len(found),
+        kernels=len(found or []),
+        blocks=repeated_blocks(layers),
+        wrong_fans=tuple(f"{row.name}: {row.fix}" for row in fans.wrong) if fans is not None else (),
+        particles=0 if predicted is None else predicted.particles,
     )
+
+
+def _try(compute: Any, what: str) -> tuple[Any, str | None]:
+    """The result and None, or None and why there is none: one side of the report never takes the other with it."""
+    try:
+        return compute(), None
+    except InputError as error:
+        return None, f"{what}{error}"
+    except Exception as error:  # the model runs, so what fails is ours or JAX's; it is told, not hidden
+        return None, f"{what}{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
 def _measured_kernels(functional: Any, inputs: Any, key: Any, draws: int) -> list[np.ndarray]:

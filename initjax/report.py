@@ -58,6 +58,17 @@ def table(report: "Inspection") -> Any:
     for title, predicted, measured in rows:
         whole.add_row(title, _number(predicted), measured)
     parts: list[Any] = [layers, whole]
+    if report.blocks:
+        blocks = Table(title="Repeated blocks", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for heading in ("block", "count", "chi", "measured", "phase"):
+            blocks.add_column(heading, justify="left" if heading == "block" else "right")
+        for block in report.blocks:
+            numbers = (_number(block.chi), _number(block.chi_measured))
+            blocks.add_row(Text(block.name), str(block.count), *numbers, block.phase)
+        parts.append(blocks)
+    parts.extend(Text(f"Wrong fan: {line}\n") for line in report.wrong_fans)
+    if report.particles:
+        parts.append(Text(f"Predictions are estimates with {report.particles} particles (see kernel_fn).\n"))
     if report.refusal:
         parts.append(Text(f"No exact prediction for this model:\n{report.refusal}\n"))
     parts.extend(Text(f"Note: {note}\n") for note in _grouped(report.notes))

@@ -190,3 +190,66 @@ def test_a_class_and_a_wrong_shape_are_refused():
     # a convolution over more axes than the inputs have
     with pytest.raises(ij.InputError, match="Accepted: "):
         ij.inspect(nn.Sequential([nn.Conv(2, (3, 3)), nn.Dense(1)]), batch(2, 4)[0], key=KEY)
+
+
+# ------------------------------------------------------------------ blocks, fans, and models that only run
+
+
+class Stack(nn.Module):
+    sigma_w: float
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(64)(x)
+        for i in range(4):
+            init = nn.initializers.variance_scaling(self.sigma_w**2, "fan_in", "normal")
+            x = jnp.tanh(nn.Dense(64, kernel_init=init, name=f"block_{i}")(x))
+        return nn.Dense(1)(x)
+
+
+@pytest.mark.parametrize(("sigma_w", "phase"), [(0.5, "ordered"), (3.0, "chaotic")])
+def test_repeated_blocks_have_a_phase(sigma_w, phase):
+    x = np.random.default_rng(5).normal(size=(2, 8)).astype(np.float32)
+    (block,) = ij.inspect(Stack(sigma_w), x, key=jax.random.key(0), kernels=False, seeds=8).blocks
+    assert (block.name, block.count, block.phase) == ("block_*", 4, phase)
+    # 8 networks of width 64, means over three blocks: a standard deviation of 10 %
+    assert abs(block.chi_measured / block.chi - 1) < 0.4
+
+
+def test_wrong_fans_are_told():
+    model = nn.Sequential([nn.ConvTranspose(4, (4, 4), (2, 2)), lambda x: x.mean((1, 2)), nn.Dense(1)])
+    report = ij.inspect(model, np.ones((1, 4, 4, 3), np.float32), key=jax.random.key(0), kernels=False, seeds=1)
+    assert report.wrong_fans == ("layers_0/kernel: multiply by 2",)
+
+
+class TwoOutputs(nn.Module):
+    """What the kernels have no answer for: two outputs, coupled by batch statistics."""
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.BatchNorm(use_running_average=False)(nn.Dense(16)(x))
+        return {"a": nn.Dense(1)(h), "b": nn.Dense(2)(nn.relu(h))}
+
+
+def test_one_missing_side_leaves_the_others():
+    x = np.random.default_rng(6).normal(size=(4, 8)).astype(np.float32)
+    report = ij.inspect(TwoOutputs(), x, key=jax.random.key(0), seeds=2)
+    assert all(layer.q_measured is not None for layer in report.layers) and len(report.layers) == 3
+    assert report.kernels == 0 and any("tangent kernels are not measured" in note for note in report.notes)
+    assert report.refusal is not None and "one floating array" in report.refusal
+
+
+def test_estimated_predictions_stand_beside_measurements():
+    class PostActivation(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Dense(64)(x))
+            return nn.Dense(1)(nn.relu(x + nn.Dense(64)(x)))
+
+    x = np.random.default_rng(7).normal(size=(3, 8)).astype(np.float32)
+    options = dict(key=jax.random.key(0), kernels=False, seeds=16, on_unsupported="monte_carlo", particles=2048)
+    report = ij.inspect(PostActivation(), x, **options)
+    assert report.refusal is None and report.particles == 2048
+    for layer in report.layers[:2]:
+        # the predicted side has 16 networks of 128 channels: 4 %
+        assert abs(layer.q_measured.mean - layer.q) < 4 * layer.q_measured.standard_error + 0.15 * layer.q
