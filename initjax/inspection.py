@@ -286,7 +286,7 @@ def _spectra(predicted: np.ndarray | None, measured: list[np.ndarray], n: int) -
         answer["condition_number"] = float(condition_number(predicted))
         answer["max_learning_rate"] = float(max_learning_rate(predicted, n))
     if measured:
-        answer["condition_number_measured"] = _over(np.array([np.log10(condition_number(k)) for k in measured]))
+        answer["condition_number_measured"] = _over(np.array([np.log10(float(condition_number(k))) for k in measured]))
         answer["max_learning_rate_measured"] = _over(np.array([max_learning_rate(k, n) for k in measured]))
     return answer
 

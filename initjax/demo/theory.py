@@ -47,7 +47,7 @@ def measure(setup: Setup, depth: int, width: int, images: np.ndarray, draws: int
         with float64():  # the smallest eigenvalues of a cold network lie below float32's rounding of the largest
             params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
             kernel = np.asarray(ntk_fn(params, np.asarray(images, np.float64)))
-        conditions.append(np.log10(spectrum.condition_number(kernel)))
+        conditions.append(np.log10(float(spectrum.condition_number(kernel))))
     return Measured(
         q=Series.over(signals.q_samples.mean(axis=-1)),
         log10_gradient=Series.over(np.log10(gradients / gradients[:, -1:])),

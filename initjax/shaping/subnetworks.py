@@ -203,7 +203,7 @@ class _Reduction:
                 )
 
     def _layer(self, atom: Ew) -> int:
-        layer = next((b.layer for b in bases_of(atom.leaf)), "")
+        layer = next((b.layer for b in bases_of(atom.leaf) if isinstance(b, Base)), "")
         size = np.sqrt(sum(_number(c, layer) ** 2 for _, c in atom.leaf.terms))
         x = np.array([-3.1, -1.3, -0.7, -0.2, 0.3, 0.8, 1.7, 2.9])
         found = as_activation(atom.expr.fn)
