@@ -345,8 +345,7 @@ def check_array(leaf, name: str):
         )
     if isinstance(leaf, jax.ShapeDtypeStruct) or is_traced(leaf) or not jnp.issubdtype(dtype, np.inexact):
         return
-    values = np.asarray(leaf, dtype=np.float64)
-    bad = ~np.isfinite(values)
+    bad = ~np.isfinite(np.asarray(leaf))  # in its own precision: a batch may be as large as half of the memory
     if bad.any():
         where = tuple(int(i) for i in np.argwhere(bad)[0])
         raise InputError(
