@@ -146,3 +146,21 @@ def test_tangent_kernel_of_a_concatenation_with_raw_inputs():
     exact = ij.kernel_fn(model, X)(X).ntk
     error = 4 * theta.std(axis=0) / np.sqrt(len(theta)) + 0.03 * np.max(exact)
     assert np.all(np.abs(theta.mean(axis=0) - exact) < error)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_weights_side_by_side(axis):
+    """A fused projection is two layers; rows stacked are one layer on two parts of the features."""
+
+    class Fused(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            shape = (10, 32) if axis else (5, 64)
+            init = nn.initializers.normal(0.5)
+            w = jnp.concatenate([self.param(name, init, shape, x.dtype) for name in "ab"], axis=axis)
+            return nn.Dense(1)(nn.relu(x @ w))
+
+    whole = nn.Sequential([nn.Dense(64, use_bias=False, kernel_init=nn.initializers.normal(0.5)), nn.relu, nn.Dense(1)])
+    fused, plain = (ij.kernel_fn(model, X)(X) for model in (Fused(), whole))
+    np.testing.assert_allclose(fused.nngp, plain.nngp, rtol=1e-12)
+    np.testing.assert_allclose(fused.ntk, plain.ntk, rtol=1e-12)

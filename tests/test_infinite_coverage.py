@@ -120,3 +120,14 @@ def test_gelu_of_large_inputs(scale):
     q = np.sum(x.astype(float) ** 2, axis=1) / 10
     error = np.abs(np.diag(gelu.nngp) / np.diag(relu.nngp) - 1)
     assert np.all(error < 1 / q) and np.all(np.isfinite(gelu.ntk))
+
+
+def test_batch_statistics_are_random_in_every_channel():
+    """What acceptance would return: the variance over a batch of four taken as its mean; its spread is not small."""
+    cov = X.astype(float) @ X.astype(float).T / 10
+    centre = np.eye(4) - 1 / 4
+    a = centre @ cov @ centre / 4
+    spread = np.sqrt(2 * np.trace(a @ a)) / np.trace(a)  # of a quadratic form of Gaussians, relative
+    assert spread > 0.5
+    with pytest.raises(UnsupportedLayerError, match="running averages"):
+        ij.kernel_fn(zoo.BatchNormTraining(), X)

@@ -619,3 +619,14 @@ class ConvNeXtBlock(nn.Module):
 
 
 REFUSED[ConvNeXtBlock] = "one channel in each group"
+
+
+class BatchNormTraining(nn.Module):
+    """Statistics of the batch itself."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(1)(nn.relu(nn.BatchNorm(use_running_average=False)(nn.Dense(64)(x))))
+
+
+REFUSED[BatchNormTraining] = "over the batch"

@@ -396,6 +396,8 @@ def _contracted(walk: Walk, operands: list) -> Any:
     equation = walk.equation
     assert equation is not None
     which = next(i for i, v in enumerate(operands) if isinstance(v, Cat))
+    if all(isinstance(p, WeightView) for p in operands[which].parts) and equation.name == "dot_general":
+        return _by_weights(walk, operands, which)
     value, weight = operands[which], operands[1 - which]
     if not isinstance(weight, WeightView):
         raise walk.refuse(
@@ -454,6 +456,29 @@ def _contracted(walk: Walk, operands: list) -> Any:
 
 def _perturbs(field: Field) -> bool:
     return is_perturbation(field.body)
+
+
+def _by_weights(walk: Walk, operands: list, which: int) -> Any:
+    """Weights side by side (a fused projection): one layer for each, or one for each part of the channels."""
+    assert walk.equation is not None
+    weights, data = operands[which], operands[1 - which]
+    contract, batch = walk.equation.params["dimension_numbers"]
+    axis, mine, theirs = weights.axis, contract[which], contract[1 - which]
+    if batch[0] or any(g != 1 for g in weights.groups) or isinstance(data, Cat):
+        raise walk.refuse(near_of(operands), "weights side by side in a contraction of several kinds", MEASURE)
+    before = sum(a not in mine for a in range(axis))
+    place = before if which == 0 else before + len(data.shape) - len(theirs)
+    results, start = [], 0
+    for part in weights.parts:
+        stop = start + part.shape[axis]
+        pieces = [part, data if axis not in mine else _piece(walk, data, theirs[mine.index(axis)], start, stop)]
+        shape = walk.out_shape
+        if axis not in mine:
+            shape = tuple(part.shape[axis] if i == place else n for i, n in enumerate(shape))
+        pieces = pieces if which == 0 else pieces[::-1]
+        results.append(walk.step(walk.equation.primitive, walk.equation.params, pieces, shape))
+        start = stop
+    return _added(walk, results) if axis in mine else joined(walk, results, place, (1,) * len(walk.out_shape))
 
 
 def _added(walk: Walk, values: list) -> Any:

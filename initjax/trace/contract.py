@@ -210,7 +210,8 @@ def _check_channels(walk: Walk, body, contracted, name: str, near: str, own: lis
         near,
         f"the weight {name} sums over positions while channels stay free (token mixing): all channels share the same "
         "finite matrix and are not independent",
-        _MEASURE,
+        "mix tokens by a sum or a convolution; with as many tokens as channels both would have to be wide, an "
+        "approximation that is not made here; or " + _MEASURE,
     )
 
 

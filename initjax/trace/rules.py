@@ -153,6 +153,13 @@ def _why_no_leaf(walk: Walk, sums: list[Sum]) -> tuple[str, str]:
             "over many entries",
             f"initialise {name} with jax.nn.initializers.normal or with zeros",
         )
+    if any(_over_examples(atom) for atom in atoms):
+        return (
+            "mean and variance over the batch (BatchNorm in training mode) are random numbers of every channel, and "
+            "couple all examples: what follows is a function of as many Gaussians as the batch has positions",
+            "use the running averages (use_running_average=True); or on_unsupported='monte_carlo', which takes the "
+            "statistics of the batch that is given",
+        )
     if any(not isinstance(s.constant, float) for s in sums) or any(
         isinstance(a, Ew) and not isinstance(c, float) for s in sums for a, c in s.terms
     ):
@@ -166,6 +173,18 @@ def _why_no_leaf(walk: Walk, sums: list[Sum]) -> tuple[str, str]:
         "sum with activations); only functions of one Gaussian pre-activation are exact here",
         "apply the nonlinearity before the sum (pre-activation residual); or " + MEASURE,
     )
+
+
+def _over_examples(atom: Atom) -> bool:
+    """Whether an atom holds a sum over the first axis, that of the examples."""
+    if isinstance(atom, Product):
+        return any(_over_examples(a) for side in (atom.left, atom.right) for a, _ in side.terms)
+    if isinstance(atom, Ew):
+        return any(_over_examples(a) for a, _ in atom.leaf.terms)
+    if not isinstance(atom, Lin) or not isinstance(atom.source, Sum):
+        return False
+    summed = atom.map.kind == "sum" and 0 in atom.map.parameters and atom.source.axes[0].size > 1
+    return summed or any(_over_examples(a) for a, _ in atom.source.terms)
 
 
 def _odd_bias(atom: Atom) -> Base | None:
