@@ -264,8 +264,12 @@ def _measured_kernels(functional: Any, inputs: Any, key: Any, draws: int) -> lis
     kernels = []
     for one in jax.random.split(key, 1 if functional.values is not None else draws):
         params = functional.init(one)
-        with float64():
-            kernels.append(np.asarray(ntk_fn(_wide(params), _wide(inputs)), np.float64))
+        try:
+            with float64():
+                kernel = ntk_fn(_wide(params), _wide(inputs))
+        except (TypeError, InputError):  # a model that insists on its own precision, as in the carry of a scan
+            kernel = ntk_fn(params, inputs)
+        kernels.append(np.asarray(kernel, np.float64))
     return kernels
 
 

@@ -253,3 +253,18 @@ def test_estimated_predictions_stand_beside_measurements():
     for layer in report.layers[:2]:
         # the predicted side has 16 networks of 128 channels: 4 %
         assert abs(layer.q_measured.mean - layer.q) < 4 * layer.q_measured.standard_error + 0.15 * layer.q
+
+
+class Recurrent(nn.Module):
+    """The carry of its scan is float32, whatever the parameters are."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(1)(nn.RNN(nn.GRUCell(8))(x)[:, -1])
+
+
+@pytest.mark.x64_off
+def test_tangent_kernels_of_a_model_that_insists_on_its_precision():
+    x = np.random.default_rng(8).normal(size=(3, 2, 4)).astype(np.float32)
+    report = ij.inspect(Recurrent(), x, key=jax.random.key(0), seeds=1, depth_report=False)
+    assert report.kernels == 1 and report.condition_number_measured is not None
