@@ -1,6 +1,5 @@
 """Activation shaping: the conditions of DKS and TAT by independent quadrature, published values, networks, models."""
 
-import functools
 import math
 
 import jax
@@ -328,39 +327,3 @@ def test_unattainable_targets_say_which_bound_fails_and_what_to_do():
 def test_bad_requests(call, message):
     with pytest.raises(ij.InputError, match=message):
         call()
-
-
-@pytest.mark.slow
-def test_deep_shaped_network_learns_where_the_plain_one_does_not():
-    """Forty layers of tanh without shortcuts or norms, on digits."""
-    from sklearn.datasets import load_digits
-
-    data, labels = load_digits(return_X_y=True)
-    x = per_location_normalization(jnp.asarray(data / 16 - 0.3))
-    y = jax.nn.one_hot(labels, 10)
-    depth, width = 60, 64
-
-    def accuracy(act, init):
-        sizes = [x.shape[1], *[width] * depth]
-        keys = jax.random.split(jax.random.key(0), depth + 1)
-        params = [init(k, (a, b)) for k, a, b in zip(keys, sizes[:-1], sizes[1:], strict=False)]
-        params.append(jnp.zeros((width, 10)))
-
-        def logits(params):
-            h = x
-            for w in params[:-1]:
-                h = act(h @ w)
-            return h @ params[-1]
-
-        def loss(params):
-            return -jnp.mean(jnp.sum(y * jax.nn.log_softmax(logits(params)), axis=-1))
-
-        step = jax.jit(lambda p: jax.tree.map(lambda w, g: w - 0.05 * g, p, jax.grad(loss)(p)))
-        for _ in range(60):
-            params = step(params)
-        return float(jnp.mean(jnp.argmax(logits(params), -1) == labels))
-
-    shaped = dks(jnp.tanh, depth=depth)
-    learned = accuracy(shaped, shaped.kernel_init)
-    lost = accuracy(jnp.tanh, functools.partial(jax.nn.initializers.xavier_uniform()))
-    assert learned > 0.85 > lost + 0.2

@@ -70,7 +70,7 @@ class Table:
 
 @functools.lru_cache(maxsize=256)
 def table_of(act: Activation, method: str) -> Table:
-    """The table of one activation for "dks" or "tat"; a second or so, once."""
+    """The table of one activation for "dks" or "tat"; a second or two, once."""
     start = first_limit(act, method)
     if start is None:
         raise _no_limit(act, method)
