@@ -193,7 +193,7 @@ def test_low_precision_networks_are_summed_in_float32():
         (dict(products=0), r"products=0[\s\S]*positive number"),
         (dict(memory=-1), r"memory=-1[\s\S]*positive number"),
         (dict(memory=100), r"memory=100 bytes[\s\S]*at least [\d,]+ bytes"),
-        (dict(x1=X[:0]), r"0 examples[\s\S]*at least one"),
+        (dict(x1=X[:0]), r"no examples[\s\S]*at least one"),
         (dict(x1=X.at[0, 0, 0, 0].set(jnp.nan)), r"NaN or inf"),
         (dict(params_filter="nothing"), r"params_filter='nothing'[\s\S]*at least one"),
     ],
