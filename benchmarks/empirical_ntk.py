@@ -180,7 +180,12 @@ def scaling():
             times.append(float(np.median([seconds(ntk_fn, params, x)[0] for _ in range(5)])))
         exponent = np.log(times[-1] / times[-2]) / np.log(values[-1] / values[-2])
         found.append(
-            {"against": what, "values": values, "run_s": [round(t, 4) for t in times], "exponent": round(exponent, 2)}
+            {
+                "against": what,
+                "values": values,
+                "run_s": [round(t, 4) for t in times],
+                "exponent": round(float(exponent), 2),
+            }
         )
         print(found[-1], flush=True)
     return found
