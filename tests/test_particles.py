@@ -246,6 +246,14 @@ def test_a_gate_of_few_units_is_a_finite_structure():
     assert (np.abs(found.nngp - network[0]) < 4 * error).all()
 
 
+def test_refusals_point_to_estimates_where_these_help():
+    with pytest.raises(UnsupportedLayerError, match='on_unsupported="monte_carlo"'):
+        ij.kernel_fn(zoo.PostActivationResNet(), X)
+    with pytest.raises(UnsupportedLayerError) as caught:
+        ij.kernel_fn(zoo.TiedAutoencoder(), X)
+    assert "monte_carlo" not in caught.value.remedy
+
+
 @pytest.mark.parametrize("particles", [0, 1.5, True])
 def test_bad_numbers_of_particles(particles):
     with pytest.raises(InputError, match="particles"):

@@ -299,7 +299,7 @@ def kernel_fn(
         walked = kernel.walk(example)
     except UnsupportedLayerError as error:
         if on_unsupported == "raise":
-            raise
+            raise _with_estimate(error) from error.__cause__
         estimator = Particles(functional, weights, jax.random.key(0) if key is None else key, _count(particles))
         estimator.check(example)
         kernel.estimate_by(estimator, error)
@@ -339,6 +339,17 @@ def _dtype(dtype) -> np.dtype:
 def _zeros_if_abstract(leaf):
     abstract = isinstance(leaf, jax.ShapeDtypeStruct) or is_traced(leaf)
     return np.zeros(leaf.shape, leaf.dtype) if abstract else leaf
+
+
+_WITHOUT_LIMIT = ("transpose", "token mixing", "no central limit theorem", "not zero", "not identically distributed")
+
+
+def _with_estimate(error: UnsupportedLayerError) -> UnsupportedLayerError:
+    """The refusal, with Monte Carlo as a remedy unless its reason is that there is no limit of infinite width."""
+    if any(words in f"{error.given} {error.why}" for words in _WITHOUT_LIMIT):
+        return error
+    remedy = f'estimate it with on_unsupported="monte_carlo" (values with a standard error); or {error.remedy}'
+    return UnsupportedLayerError(error.given, error.accepted, error.why, remedy, error.layer, error.primitive)
 
 
 def _count(particles) -> int:
