@@ -1,6 +1,7 @@
 """Kernels in tiles: the same numbers as in one piece, half of them computed, within a budget of memory."""
 
 import functools
+import tracemalloc
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from flax import linen as nn
 import initjax as ij
 from initjax.errors import InputError
 from initjax.infinite import tiles
+from initjax.memory import budget
 
 RNG = np.random.default_rng(3)
 X = RNG.normal(size=(7, 10))
@@ -133,6 +135,22 @@ def test_a_budget_that_is_too_small_says_what_would_do(monkeypatch):
     same(kernels(functools.partial(kernel_fn, memory=smallest), x), kernels(kernel_fn, x))
     with pytest.raises(InputError, match="number of bytes"):
         kernel_fn(x, memory="much")
+
+
+def test_the_budget_is_kept():
+    """What NumPy and Python hold at the peak of a call, at the smallest budget and at twice that."""
+    kernel_fn, _ = network("relu")
+    x = RNG.normal(size=(200, 10))
+    with pytest.raises(InputError) as caught:
+        kernel_fn(x, memory=1000)
+    least = budget(caught.value.accepted.removeprefix("at least "))
+    for size in (least, 2 * least):
+        kernel_fn(x, memory=size)  # what is made once and kept is no part of it
+        tracemalloc.start()
+        kernel_fn(x, memory=size)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert 0.3 * size < peak < size  # bounded, and not by a prediction that is far too large
 
 
 def test_traced_inputs_keep_their_precision():

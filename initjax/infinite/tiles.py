@@ -26,6 +26,8 @@ from initjax.trace.walk import INPUTS, Walked
 
 _TILE = 1 << 20  # bytes of the largest array of a tile: it stays in the cache, and steps cost more than their dispatch
 _FEW = 128  # positions of all examples up to which a batch is one tile, and nothing need be counted
+_ATOM = 4096  # bytes of the objects that stand for one atom in one block
+_MARGIN = 1.1  # what the interpreter and XLA hold beside that; measured against tracemalloc in tests/test_tiles.py
 _SCRATCH = 4  # arrays of that size that are alive, beside what is remembered, while one moment is computed
 
 
@@ -251,22 +253,33 @@ def _plan(out: _Parts, memory, sizes: dict) -> tuple[int, int]:
             sizes["small"] = [m.small for m in own]
         each, lone, widest = sizes["each"], sizes["lone"], sizes["widest"]
         small = one.n * sizes["small"][0] + (two.n * sizes["small"][1] if two is not one else 0)
-    fixed = results + small
-    if fixed + each + lone > memory:
-        raise InputError(
-            f"a budget of {readable(memory)} for the kernel of {one.n} x {two.n} examples",
-            f"at least {readable(1.01 * (fixed + each + lone))}",
-            f"the results take {readable(results)}, the moments of single examples {readable(small)}, and one pair of "
-            f"examples {readable(each + lone)} while it is computed",
-            'give more with memory=..., ask for less with get=("nngp", "ntk"), or call with fewer examples',
-        )
     if not each:
+        if results > memory:
+            raise _too_small(memory, one.n, two.n, results, results, small, each)
         return most, 1
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    block = max(1, min(most, math.isqrt(_TILE // max(widest, 8))))
-    while workers * (block * block * each + block * lone) + fixed > memory and workers * block > 1:
-        workers, block = (workers - 1, block) if workers > 1 else (1, max(1, block // 2))
-    return _balanced(most, block), workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    objects = _ATOM * len(reachable(one.bodies)) * (one.n + (two.n if two is not one else 0))
+
+    def needed(block: int, workers: int) -> int:
+        return int(_MARGIN * (results + small + workers * (block * block * each + block * lone) + objects / block))
+
+    best = max(1, min(most, math.isqrt(_TILE // max(widest, 8))))
+    blocks = [best] + [2**i for i in range(best.bit_length() - 1, -1, -1) if 2**i < best]
+    for workers in (cores, 1):
+        for block in blocks:
+            if needed(block, workers) <= memory:
+                return _balanced(most, block), workers
+    raise _too_small(memory, one.n, two.n, min(needed(block, 1) for block in blocks), results, small, each + lone)
+
+
+def _too_small(memory: int, n1: int, n2: int, least: int, results: int, small: int, pair: int) -> InputError:
+    return InputError(
+        f"a budget of {readable(memory)} for the kernel of {n1} x {n2} examples",
+        f"at least {readable(1.01 * least)}",
+        f"the results take {readable(results)}, the moments of single examples {readable(small)}, and one pair of "
+        f"examples {readable(pair)} while it is computed",
+        'give more with memory=..., ask for less with get=("nngp", "ntk"), or call with fewer examples',
+    )
 
 
 def _balanced(total: int, most: int) -> int:
