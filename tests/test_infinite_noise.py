@@ -144,3 +144,10 @@ def test_dropout_against_random_networks(model, x):
     q = np.diag(exact)
     # Wick errors at R = 1600; a masked readout has heavier tails than a Gaussian by O(1/width)
     assert np.all(np.abs(y.T @ y / networks - exact) < 4 * np.sqrt((np.outer(q, q) + exact**2) / networks))
+
+
+@pytest.mark.parametrize("model", [zoo.DropoutMLP(), zoo.Concatenated(nn.LayerNorm)])
+def test_traced_inputs(model):
+    kernel = ij.kernel_fn(model, X, rngs=RNGS)
+    traced = jax.jit(lambda x: kernel(x).ntk)(jnp.asarray(X, jnp.float64))
+    np.testing.assert_allclose(traced, kernel(X).ntk, rtol=1e-7)  # closed forms, tables for tanh

@@ -22,6 +22,10 @@ def const_rule(walk: Walk, operands: list[Const]) -> list[Const]:
     assert equation is not None
     shapes = [tuple(walk.program.body.avals[n].shape) for n in equation.outputs]
     leaf = operands[0].leaf if len(operands) == 1 else ""
+    if equation.name in ("mul", "div") and is_traced(*(v.value for v in operands)):
+        above = operands if equation.name == "mul" else operands[:1]
+        if any(v.scalar == 0 for v in above):  # a structural zero stays one, which a tracer would not
+            return [zeros(walk)]
     if equation.name in _KEEPS_UNIFORM and operands[0].scalar is not None:
         return [Const(np.asarray(operands[0].value).reshape(-1)[:1].reshape((1,) * len(shapes[0])), shapes[0], leaf)]
     if len(shapes) == 1 and walk.is_pointwise():

@@ -16,6 +16,7 @@ import numpy as np
 
 from initjax.trace.domain import Const, Field, Lin, Noise, Product, Sum
 from initjax.trace.graph import bases_of
+from initjax.trace.jaxpr import float64
 from initjax.trace.maps import Axis
 from initjax.trace.pointwise import evaluate
 
@@ -39,7 +40,8 @@ def drawn(walk, operands: list) -> Any:
     equation = walk.equation
     name, given = equation.name, _known(walk, operands)
     if name == "random_bits":
-        data = np.asarray(jax.random.key_data(operands[0].value))
+        with float64():  # the key is known, also while the user's function is traced
+            data = np.asarray(jax.random.key_data(operands[0].value))
         return Random(None, data.tobytes(), given, (True,) * len(given.shape))
     draws = [v for v in operands if isinstance(v, Random)]
     first, shape = draws[0], given.shape
