@@ -280,7 +280,8 @@ def _measured(functional, traced: Traced, inputs, key, target, draws) -> list[Tu
 
     after = walk(traced, params(keys[2]), inputs, keys[3], again)
     return [
-        TunedLayer(b.name, b.kind, a.factor, b.q, a.q, b.chi, a.chi, b.copy) for b, a in zip(before, after, strict=True)
+        TunedLayer(b.name, b.kind, a.factor, float(b.q), float(a.q), b.chi, a.chi, b.copy, a.error)
+        for b, a in zip(before, after, strict=True)
     ]
 
 
