@@ -131,3 +131,27 @@ def test_batch_statistics_are_random_in_every_channel():
     assert spread > 0.5
     with pytest.raises(UnsupportedLayerError, match="running averages"):
         ij.kernel_fn(zoo.BatchNormTraining(), X)
+
+
+def test_a_table_of_positions_looked_up_at_known_places_has_layer_statistics():
+    class Positions(nn.Module):
+        table: bool
+
+        @nn.compact
+        def __call__(self, x):
+            h = nn.Dense(64)(x)
+            init = nn.initializers.normal(0.125)
+            if self.table:
+                h = h + nn.Embed(4, 64, embedding_init=init)(jnp.arange(4))
+            else:
+                h = h + self.param("table", init, (4, 64))
+            return nn.Dense(1)(nn.relu(h).mean(1))
+
+    x = jax.random.normal(jax.random.key(0), (3, 4, 5))
+    looked_up, added = (ij.kernel_fn(Positions(table), x)(x) for table in (True, False))
+    # one Gaussian table either way; the initializer's variance is read to 1e-12
+    np.testing.assert_allclose(looked_up.nngp, added.nngp, rtol=1e-11)
+    np.testing.assert_allclose(looked_up.ntk, added.ntk, rtol=1e-11)
+    (table,) = [layer for layer in looked_up.layers if "Embed" in layer.name]
+    np.testing.assert_allclose(table.q, 0.125**2, rtol=1e-11)
+    np.testing.assert_allclose(table.correlation, 1.0, rtol=1e-11)  # the same for every example

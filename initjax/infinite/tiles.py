@@ -153,7 +153,11 @@ class _Parts:
                 out["ntk"] = sum(rest, first)
         for name, u in a.layers.items():
             v = b.layers[name]
-            value = _by_examples(moments.moment(u, v, a.plan.kept), u.axes, v.axes, a.count, b.count)
+            value = moments.moment(u, v, a.plan.kept)
+            if _free(u, a):
+                value = _over_positions(value, u.axes, a.count, b.count)
+            else:
+                value = _by_examples(value, u.axes, v.axes, a.count, b.count)
             out["layers", name] = self._correlation(name, value, a, b)
         return out
 
@@ -322,11 +326,30 @@ def _example(axes: Axes) -> int | None:
     return next((i for i, a in enumerate(axes) if a.example), None)
 
 
+def _free(body, side: "Side") -> bool:
+    """Whether a body has no examples: a table of positions, looked up at known places."""
+    if _example(body.axes) is not None:
+        return False
+    return _example(side.output.axes) is not None or not body.axes or body.axes[0].size != side.count
+
+
+def _over_positions(value, axes: Axes, n1: int, n2: int):
+    """(n1, n2) from a moment between the positions of a body without examples: one number, the mean over equal ones."""
+    if value is None:
+        return None
+    count = math.prod(extents(axes))
+    if value.size == count * count:
+        value = xp_of(value).einsum("pp->p", value.reshape(count, count))
+    return xp_of(value).broadcast_to(value.mean(), (n1, n2))
+
+
 def _each(value, body, side: "Side"):
     """(n,) from a same-position moment: the mean over positions."""
     if value is None:
         return np.zeros(side.count)
     each: Any = side.own.flat(value, body.axes)
+    if _free(body, side):
+        return xp_of(each).broadcast_to(each.mean(), (side.count,))
     return xp_of(each).moveaxis(each, _example(body.axes) or 0, 0).reshape(side.count, -1).mean(axis=1)
 
 
