@@ -240,7 +240,8 @@ NAMES = [*LINEN, *(f"nnx {name}" for name in NNX)]
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in NAMES])
 def test_kernel_is_the_gram_matrix_of_the_jacobian(name):
-    check(name, 1e-12)  # sums of at most some thousand products
+    # sums of at most some thousand products; nnx's attention takes its softmax in float32
+    check(name, 1e-6 if name == "nnx block" else 1e-12)
 
 
 @pytest.mark.x64_off

@@ -18,7 +18,7 @@ import initjax as ij
 from initjax.gaussian import bivariate
 from initjax.gaussian.expect import host_rule
 from initjax.gaussian.matrix import matrix_pair
-from initjax.meanfield.criticality import bias_variance, critical_line
+from initjax.meanfield.line import bias_variance, critical_line
 
 
 def exact_gelu(x):

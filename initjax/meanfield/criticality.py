@@ -2,75 +2,30 @@ r"""The edge of chaos: (sigma_w, q) with chi_1 = 1 at a fixed point of the varia
 
 No two-dimensional root finding: every q > 0 lies on the critical line of exactly one pair
     sigma_w(q)^2 = 1 / D(q),    sigma_b(q)^2 = f(q) = q - M(q) / D(q)     (where f >= 0),
-so the line is read off as a curve, and a given sigma_b^2 is looked up on it: all roots, each with chi_q = M'(q) / D(q).
-Near q = 0, f is a difference of nearly equal numbers; there q D - M = sum_k (k - 1) a_k^2 in Hermite coefficients keeps
-its digits.
+so the line is read off as a curve (line.py), and a given sigma_b^2 is looked up on it: all roots, each with chi_q =
+M'(q) / D(q). A traced sigma_b is looked up by interpolation (tracedpoint.py).
 
 Sources: Poole et al. 2016 (arXiv:1606.05340); Roberts, Yaida, Hanin 2021 (arXiv:2106.10165), chapter 5, for the
 classes; Hayou, Doucet, Rousseau 2019 (arXiv:1902.06853) for the edge of chaos.
 """
 
-import functools
 import warnings
-from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from initjax.errors import NoCriticalPointError, TracedParameterError, UnstableCriticalPointWarning
 from initjax.gaussian.activation import Activation, as_activation
-from initjax.gaussian.series import coefficients
 from initjax.meanfield.fixed import check_sigma
 from initjax.meanfield.implicit import critical_in_parameters
+from initjax.meanfield.line import SMOOTH_BELOW, attracts_from_above, bias_variance, critical_line
 from initjax.meanfield.results import CriticalPoint
 from initjax.meanfield.table import ramp, raw_moments, slope_at_zero, table_of, vanishes_at_zero
+from initjax.meanfield.tracedpoint import traced_point
 from initjax.trace.jaxpr import is_traced
 
-_SMOOTH_BELOW = 0.02  # q under which the Hermite form of f is tried
 _HALF_STABLE_WITHIN = 1e-7
-_STABLE = 1 - 1e-12  # with slopes 0 and 1 (softshrink), chi_q = chi_1 = 1 up to rounding, and nothing attracts
-
-
-class Line(NamedTuple):
-    """f(q) on a grid of q, with the part of it that is rounding."""
-
-    q: np.ndarray
-    f: np.ndarray
-    noise: np.ndarray
-
-
-def bias_variance(act: Activation, q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """f(q) = q - M/D and an estimate of its rounding error, from direct expectations (not the table)."""
-    m, d, _ = raw_moments(act, q)
-    safe = np.maximum(d, 1e-300)
-    f, noise = q - m / safe, 4e-16 * (q + m / safe)
-    if not act.kinks:
-        for i in np.flatnonzero((q < _SMOOTH_BELOW) & (np.abs(f) < 1e-3 * q)):
-            a, _ = coefficients(act, float(q[i]), 32)
-            terms = (np.arange(32) - 1.0) * a * a
-            if np.abs(terms[-4:]).max() < 1e-20 * q[i]:
-                f[i] = terms.sum() / safe[i]
-                # a_k carries an absolute error of eps sqrt(q)
-                noise[i] = (
-                    2e-16 * np.sqrt(q[i]) * np.abs((np.arange(32) - 1.0) * a)[[0, 2, 3]].max() / safe[i] + 1e-31 * q[i]
-                )
-    return f, noise
-
-
-@functools.lru_cache(maxsize=256)
-def critical_line(act: Activation) -> Line:
-    """The curve sigma_b^2 = f(q), finely sampled from q = 1e-16 to the end of the table."""
-    table = table_of(act)
-    q = np.exp(np.arange(np.log(max(1e-16, table.q_low)), np.log(table.q_high), 0.0625))
-    t = table(np, q)
-    f, noise = q - t.m / np.maximum(t.d, 1e-300), 3e-13 * (q + t.m / np.maximum(t.d, 1e-300))
-    small = q < _SMOOTH_BELOW
-    exact, rounding = bias_variance(act, q[small])
-    f[small], noise[small] = exact, rounding
-    flat = t.d < 1e-250  # a step function has no gradient: chi_1 = 0 everywhere
-    f[flat], noise[flat] = -np.inf, 0.0
-    return Line(q, f, noise)
+_STABLE = 1 - 2e-14  # with slopes 0 and 1 (softshrink), chi_q = chi_1 = 1 up to rounding, and nothing attracts
 
 
 def _roots(act: Activation, variance_b: float) -> np.ndarray:
@@ -127,7 +82,7 @@ def _points(act: Activation, sigma_b: float) -> list[CriticalPoint]:
         sigma_w = np.float64(1 / np.sqrt(at_zero))
         if ramp(act) is not None:
             return [_point(sigma_w, 0.0, np.nan, 1.0, True, "scale-invariant")]
-        out.append(_point(sigma_w, 0.0, 0.0, 1.0, _attracts_from_above(act), "zero"))
+        out.append(_point(sigma_w, 0.0, 0.0, 1.0, attracts_from_above(act), "zero"))
     if ramp(act) is None:
         q = _roots(act, sigma_b**2)
         if q.size:
@@ -135,24 +90,6 @@ def _points(act: Activation, sigma_b: float) -> list[CriticalPoint]:
                 half = abs(slope - 1) < _HALF_STABLE_WITHIN
                 out.append(_point(w, sigma_b, root, slope, abs(slope) < _STABLE, "half-stable" if half else "regular"))
     return out
-
-
-def _attracts_from_above(act: Activation) -> bool:
-    """Whether q = 0 attracts at sigma_w^2 = 1 / D(0): V(q) < q just above 0, i.e. M(q) / D(0) < q."""
-    q = np.exp(np.arange(np.log(1e-12), np.log(10.0), 0.25))
-    if not act.kinks:
-        # V - q = (sum_{k != 1} a_k^2 + a_1^2) / D0 - q, with a_1 = sqrt(q) E[phi']: compare without cancelling
-        for value in q:
-            a, _ = coefficients(act, float(value), 32)
-            slope = float(np.mean(act.prime.values(np.array([-1e-20, 1e-20]))))
-            shortfall = (a[1] / np.sqrt(value) - slope) * (a[1] / np.sqrt(value) + slope) * value
-            excess = shortfall + a[0] ** 2 + float(np.sum(a[2:] ** 2))
-            if abs(excess) > 1e-10 * value * slope**2:
-                return bool(excess < 0)
-    m = raw_moments(act, q)[0]
-    excess = m / slope_at_zero(act) / q - 1
-    clear = np.flatnonzero(np.abs(excess) > 1e-9)
-    return bool(clear.size and excess[clear[0]] < 0)
 
 
 def _point(sigma_w, sigma_b, q, chi_q, stable, kind) -> CriticalPoint:
@@ -301,7 +238,7 @@ def critical(phi, sigma_b=0.0) -> CriticalPoint:
     except TracedParameterError:
         return critical_in_parameters(phi, sigma_b, critical)
     if is_traced(sigma_b):
-        return _traced(act, jnp.asarray(sigma_b))
+        return traced_point(act, jnp.asarray(sigma_b))
     b = check_sigma(sigma_b, "sigma_b")
     if b.ndim == 0:
         found = _primary(_points(act, float(b)))
@@ -365,13 +302,13 @@ def _table_roots(act: Activation, sigma_b: np.ndarray):
     row = order[np.arange(column.size) - np.repeat(np.cumsum(count) - count, count) + np.repeat(first, count)]
     # near q = 0 the table loses the digits of f; where a sign is rounding, a root may hide
     marks = np.zeros(sigma_b.size + 1, int)
-    large = q >= _SMOOTH_BELOW
+    large = q >= SMOOTH_BELOW
     np.add.at(marks, np.searchsorted(ranked, (f - noise)[large], side="left"), 1)
     np.add.at(marks, np.searchsorted(ranked, (f + noise)[large], side="right"), -1)
     left = np.empty(sigma_b.size, bool)
     left[order] = np.cumsum(marks)[:-1] > 0
     left |= sigma_b == 0
-    left[row[q[column] < _SMOOTH_BELOW]] = True
+    left[row[q[column] < SMOOTH_BELOW]] = True
     keep = ~left[row]
     row, column = row[keep], column[keep]
     x_low, x_high = np.log(q[column]), np.log(q[column + 1])
@@ -389,76 +326,3 @@ def _table_roots(act: Activation, sigma_b: np.ndarray):
     q = np.exp(x)
     t = table(np, q)
     return row, q, 1 / np.sqrt(t.d), t.m * t.r / (q * t.d), everything[left]
-
-
-# -- traced sigma_b --------------------------------------------------------------------------------------------------
-
-
-def _traced(act: Activation, sigma_b: jax.Array) -> CriticalPoint:
-    """The primary point as a function of a traced sigma_b: interpolated from the line, one implicit-function step."""
-    dtype = sigma_b.dtype
-    nan = jnp.full(sigma_b.shape, jnp.nan, dtype)
-    slopes = ramp(act)
-    if slopes is not None:
-        sigma_w = jnp.full(sigma_b.shape, 1 / np.sqrt((slopes[0] ** 2 + slopes[1] ** 2) / 2), dtype)
-        exists = sigma_b == 0
-        return CriticalPoint(
-            jnp.where(exists, sigma_w, nan), sigma_b, nan, jnp.where(exists, 1 + 0 * nan, nan), exists, None
-        )
-    q, stable = _traced_q(act, jax.lax.stop_gradient(sigma_b))
-    table = table_of(act)
-    safe = jnp.where(q > 0, q, jnp.ones_like(q))
-    t = table(jnp, safe)
-    slope = safe - t.m / t.d * (t.r - t.dlog_d)  # df / dlog q
-    moved = sigma_b * sigma_b - jax.lax.stop_gradient(sigma_b * sigma_b)
-    safe = safe * (1 + moved / jax.lax.stop_gradient(slope))
-    t = table(jnp, safe)
-    at_zero = 1 / np.sqrt(max(slope_at_zero(act), 1e-300))
-    return CriticalPoint(
-        jnp.where(q > 0, 1 / jnp.sqrt(t.d), jnp.where(q == 0, jnp.asarray(at_zero, dtype), nan)),
-        sigma_b,
-        jnp.where(q > 0, safe, q),
-        jnp.where(q > 0, t.m * t.r / (safe * t.d), jnp.where(q == 0, jnp.ones_like(q), nan)),
-        stable,
-        None,
-    )
-
-
-def _traced_q(act: Activation, sigma_b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Primary q for stopped, traced sigma_b, by bisection of log f on each rising or falling stretch of the line."""
-    line = critical_line(act)
-    dtype = sigma_b.dtype
-    use = np.isfinite(line.f)
-    grid, f = np.log(line.q[use]), line.f[use]
-    m, d, energy = raw_moments(act, np.exp(grid))
-    steady = np.abs(energy / (np.exp(grid) * d)) < 1
-    target = jnp.ravel(sigma_b * sigma_b)[:, None]
-    row, x = jnp.asarray(f, dtype)[None, :], jnp.asarray(grid, dtype)
-    cross = (row[:, :-1] - target) * (row[:, 1:] - target) < 0
-    cross = cross & jnp.asarray(np.abs(f[1:]) > 4 * line.noise[use][1:])[None, :]
-    good = cross & jnp.asarray(steady[:-1] & steady[1:])[None, :]
-    chosen = jnp.where(jnp.any(good, axis=1), jnp.argmax(good, axis=1), jnp.argmax(cross, axis=1))
-    left, right = row[0, chosen], row[0, chosen + 1]
-    # f is a power of q on each cell to good accuracy where it is positive
-    positive = (left > 0) & (right > 0)
-    tiny = jnp.asarray(1e-30, dtype)
-    log = lambda v: jnp.log(jnp.maximum(v, tiny))  # noqa: E731
-    share = jnp.where(
-        positive,
-        (log(target[:, 0]) - log(left)) / jnp.where(positive, log(right) - log(left), jnp.ones_like(left)),
-        (target[:, 0] - left) / (right - left),
-    )
-    q = jnp.exp(x[chosen] + share * (x[chosen + 1] - x[chosen]))
-    table = table_of(act)
-    for _ in range(4):
-        t = table(jnp, q)
-        gap = q - t.m / t.d - target[:, 0]
-        slope = q - t.m / t.d * (t.r - t.dlog_d)
-        noise = jnp.asarray(4 * np.finfo(dtype).eps, dtype) * q
-        step = jnp.clip(gap / slope, -0.05, 0.05)
-        q = jnp.where(jnp.abs(gap) > noise, q * jnp.exp(-step), q)
-    none = ~jnp.any(cross, axis=1)
-    zero = (target[:, 0] == 0) & vanishes_at_zero(act)
-    q = jnp.where(none, jnp.where(zero, jnp.zeros_like(q), jnp.full_like(q, jnp.nan)), q)
-    stable = jnp.any(good, axis=1) | (zero & bool(vanishes_at_zero(act) and _attracts_from_above(act)))
-    return jnp.reshape(q, sigma_b.shape), jnp.reshape(stable, sigma_b.shape)

@@ -16,8 +16,9 @@ import numpy as np
 
 from initjax.gaussian.activation import Activation, as_activation
 from initjax.gaussian.expect import host_rule
-from initjax.meanfield.criticality import _points, _primary, _refusal, critical_line
+from initjax.meanfield.criticality import _points, _primary, _refusal
 from initjax.meanfield.fixed import check_sigma
+from initjax.meanfield.line import critical_line
 from initjax.meanfield.results import CriticalPoint, result
 from initjax.meanfield.table import ramp, raw_moments, table_of
 from initjax.meanfield.taylor import ORDER, one_sided, second_moments
