@@ -10,9 +10,9 @@ from flax import nnx
 import initjax as ij
 
 HE = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-X = jax.random.normal(jax.random.key(0), (8, 16), jnp.float64)
+X = jax.random.normal(jax.random.key(0), (8, 16))
 Y = np.sign(np.asarray(X[:, 0] * X[:, 1]))
-X_TEST = jax.random.normal(jax.random.key(5), (4, 16), jnp.float64)
+X_TEST = jax.random.normal(jax.random.key(5), (4, 16))
 
 
 def relu_net(width):

@@ -9,7 +9,7 @@ from flax import nnx
 
 import initjax as ij
 
-X = jax.random.normal(jax.random.key(0), (3, 4), jnp.float64)
+X = jax.random.normal(jax.random.key(0), (3, 4))
 
 
 def small(x, outputs=2):

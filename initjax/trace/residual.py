@@ -56,7 +56,7 @@ def branches(survey: Survey) -> tuple[Branch, ...]:
     >>> found = survey(as_functional(Block(), jnp.ones((1, 4))))
     >>> (branch,) = branches(found)
     >>> [found.names[leaf] for leaf in (branch.end, *branch.biases, *branch.kernels)]
-    ['Dense_1/kernel', 'Dense_1/bias', 'Dense_0/kernel', 'Dense_1/kernel']
+    ['Dense_0/kernel', 'Dense_0/bias', 'Dense_1/kernel', 'Dense_0/kernel']
     """
     return tuple(_Search(survey).run())
 
