@@ -30,7 +30,7 @@ demo: $(VENV)/.installed-demo  ## predict, measure and train four initialization
 test: $(VENV)/.installed-test  ## the whole suite, with the examples of the README and of the docstrings
 	$(PYTEST) tests $(ARGS)
 	@echo "Once more as a user has it: 64-bit types off; README, docs, docstrings and the tests marked x64_off"
-	INITJAX_TEST_X64=0 $(PYTEST) README.md docs/theory.md docs/infinite-width.md docs/estimated-kernels.md docs/initializers.md docs/shaping.md docs/training.md docs/empirical-ntk.md initjax tests
+	INITJAX_TEST_X64=0 $(PYTEST) README.md docs initjax tests
 
 check: $(VENV)/.installed-dev lint types test  ## lint, types and the whole suite
 
