@@ -18,8 +18,11 @@ PYTEST = $(CACHE) "$(BIN)/python" -m pytest -q -n $(WORKERS) --maxprocesses 4
 # Passed on to pytest, e.g. make test ARGS="-m 'not slow'"
 ARGS ?=
 
+# Which notebooks to render, e.g. make notebooks NAMES=01
+NAMES ?=
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test doctest check lint types format lock clean
+.PHONY: help demo test doctest notebooks check lint types format lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 12
@@ -31,6 +34,9 @@ test: $(VENV)/.installed-test  ## the whole suite, with the examples of the READ
 	$(PYTEST) tests $(ARGS)
 	@echo "Once more as a user has it: 64-bit types off; README, docs, docstrings and the tests marked x64_off"
 	INITJAX_TEST_X64=0 $(PYTEST) README.md docs initjax tests
+
+notebooks: $(VENV)/.installed-notebooks  ## run the notebooks at full size and write them as .ipynb
+	PYTHONPATH="$(CURDIR)" "$(BIN)/python" notebooks/render.py $(NAMES)
 
 check: $(VENV)/.installed-dev lint types test  ## lint, types and the whole suite
 
@@ -71,6 +77,7 @@ define install
 	else "$(BIN)/python" -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'; fi
 endef
 
+$(VENV)/.installed-notebooks: private EXTRAS = notebooks
 $(VENV)/.installed-demo: private EXTRAS = plots,data
 $(VENV)/.installed-test: private EXTRAS = test
 $(VENV)/.installed-dev: private EXTRAS = dev
@@ -86,3 +93,7 @@ $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 	$(install)
 	@touch $@ $(VENV)/.installed-test $(VENV)/.installed-demo
+
+$(VENV)/.installed-notebooks: pyproject.toml | $(VENV)/bin/python
+	$(install)
+	@touch $@

@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from initjax import applications as applications
     from initjax import gaussian as gaussian
     from initjax import initializers as initializers
     from initjax import layers as layers
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
 
 # public name -> the module that holds it; a module's own name stands for the module itself
 _HOME = {
+    "applications": "applications",
     "gaussian": "gaussian",
     "initializers": "initializers",
     "layers": "layers",

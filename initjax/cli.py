@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from initjax.commands import critical, demo, inspect, ntk, phase
+from initjax.commands import app, critical, demo, inspect, ntk, phase
 from initjax.errors import InputError
 
 
@@ -86,11 +86,13 @@ def main() -> None:
     initjax phase gelu --out figures         the map of ordered and chaotic initializations
     initjax inspect my.module:model          one report on a Flax model as you wrote it
     initjax ntk my.module:model              its tangent kernel, the spectrum, stable learning rates
+    initjax app                              one use of networks each: symmetry, signals, heads, ...
 
     Every command takes --json (infinities as the strings "Infinity", "-Infinity", "NaN") and --out DIR.
     """
 
 
+main.add_command(app.command)
 main.add_command(critical.command)
 main.add_command(demo.command)
 main.add_command(inspect.command)

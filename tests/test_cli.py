@@ -38,7 +38,15 @@ def answer(*arguments):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["critical", "--help"], ["phase", "--help"], ["inspect", "-h"], ["demo", "-h"], ["ntk", "-h"]],
+    [
+        ["--help"],
+        ["critical", "--help"],
+        ["phase", "--help"],
+        ["inspect", "-h"],
+        ["demo", "-h"],
+        ["ntk", "-h"],
+        ["app", "-h"],
+    ],
 )
 def test_help_does_not_import_jax(arguments):
     program = (

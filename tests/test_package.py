@@ -80,7 +80,7 @@ def test_boundaries_between_rooms_and_to_jax(pattern, allowed):
 
 
 def test_pillars_do_not_import_each_other_nor_what_stands_above_them():
-    above = ("initializers", "inspection", "cli", "commands", "demo")
+    above = ("applications", "initializers", "inspection", "cli", "commands", "demo")
     forbidden = {
         "gaussian": ("meanfield", "infinite", "empirical", "spectrum", *above),
         "spectrum": ("meanfield", "infinite", "empirical", *above),
