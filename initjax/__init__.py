@@ -13,9 +13,12 @@ if TYPE_CHECKING:
     from initjax import layers as layers
     from initjax import rules as rules
     from initjax import shaping as shaping
+    from initjax.empirical import MeasuredJacobian as MeasuredJacobian
+    from initjax.empirical import MeasuredSpectrum as MeasuredSpectrum
     from initjax.empirical import compare_to_training as compare_to_training
     from initjax.empirical import empirical_ntk as empirical_ntk
     from initjax.empirical import measure as measure
+    from initjax.empirical import measured_jacobian as measured_jacobian
     from initjax.empirical import monte_carlo_kernels as monte_carlo_kernels
     from initjax.empirical import ntk_operator as ntk_operator
     from initjax.errors import InputError as InputError
@@ -86,7 +89,10 @@ _HOME = {
     "layers": "layers",
     "shaping": "shaping",
     "empirical_ntk": "empirical",
+    "MeasuredJacobian": "empirical",
+    "MeasuredSpectrum": "empirical",
     "measure": "empirical",
+    "measured_jacobian": "empirical",
     "ntk_operator": "empirical",
     "InputError": "errors",
     "NoCriticalPointError": "errors",
