@@ -12,6 +12,11 @@ ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "tanh": jnp.tanh,
     "abs": jnp.abs,
+    "silu": nn.silu,
+    "softplus": nn.softplus,
+    "elu": nn.elu,
+    "relu6": nn.relu6,
+    "square": jnp.square,
 }
 
 he = jax.nn.initializers.he_normal()

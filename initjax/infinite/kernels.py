@@ -295,12 +295,12 @@ def kernel_fn(
     weights = read_model(functional)
     kernel = KernelFunction(model, functional, weights, _eta(parameterization, weights))
     example = jax.tree.map(_zeros_if_abstract, inputs)
+    estimator = Particles(functional, weights, jax.random.key(0) if key is None else key, _count(particles))
     try:
         walked = kernel.walk(example)
     except UnsupportedLayerError as error:
         if on_unsupported == "raise":
-            raise _with_estimate(error) from error.__cause__
-        estimator = Particles(functional, weights, jax.random.key(0) if key is None else key, _count(particles))
+            raise _with_remedy(error, estimator, example) from error.__cause__
         estimator.check(example)
         kernel.estimate_by(estimator, error)
         _check_output(functional.abstract_output.shape)
@@ -341,13 +341,14 @@ def _zeros_if_abstract(leaf):
     return np.zeros(leaf.shape, leaf.dtype) if abstract else leaf
 
 
-_WITHOUT_LIMIT = ("transpose", "token mixing", "no central limit theorem", "not zero", "not identically distributed")
-
-
-def _with_estimate(error: UnsupportedLayerError) -> UnsupportedLayerError:
-    """The refusal, with Monte Carlo as a remedy unless its reason is that there is no limit of infinite width."""
-    if any(words in f"{error.given} {error.why}" for words in _WITHOUT_LIMIT):
-        return error
+def _with_remedy(error: UnsupportedLayerError, estimator: Particles, example) -> UnsupportedLayerError:
+    """The refusal of the exact rules, with an estimate as its remedy where there is one, or why there is none."""
+    try:
+        estimator.check(example)
+    except UnsupportedLayerError as none:
+        same = none.primitive == error.primitive
+        why = error.why if same else f"{error.why}; no estimate either, `{none.primitive}` in {none.layer}: {none.why}"
+        return UnsupportedLayerError(error.given, error.accepted, why, error.remedy, error.layer, error.primitive)
     remedy = f'estimate it with on_unsupported="monte_carlo" (values with a standard error); or {error.remedy}'
     return UnsupportedLayerError(error.given, error.accepted, error.why, remedy, error.layer, error.primitive)
 

@@ -25,6 +25,7 @@ import numpy as np
 
 from initjax.errors import UnsupportedLayerError
 from initjax.infinite.copies import Cloud, Known, Part, Weight, channel, positions, structural
+from initjax.trace.flax import layer_of
 from initjax.trace.initstats import LeafStats
 from initjax.trace.inline import Equation, call_body, unrolled
 from initjax.trace.jaxpr import ClosedJaxpr, Jaxpr, Literal, one_equation
@@ -97,9 +98,11 @@ class Wide:
         """The four-part error for the current equation."""
         name = self.eqn.primitive.name
         scope = scope_of(Equation(self.eqn.primitive, {}, (), (), self.scope))
+        near = near or next(reversed(self.plan.layers), "")
         layer = scope or (f"after {near}" if near else "the input")
+        place = f"in {layer}" if scope or not near else layer
         return UnsupportedLayerError(
-            f"{what or name} in {layer} (primitive `{name}`), which Monte Carlo does not cover either",
+            f"{what or name} {place} (primitive `{name}`), which Monte Carlo does not cover either",
             "models whose layers have a limit of infinite width: weights that sum over wide channels, each in one role",
             reason,
             remedy,
@@ -143,6 +146,7 @@ class Wide:
                         "corrections that are not part of this version",
                         f"untie the two uses; or {REMEDY}",
                         what=f"the weight {self.leaves[label[0]].name} in a second, different role",
+                        near=layer_of(self.leaves[label[0]].name),
                     )
         if self.copies is None:
             for leaf in weight.leaves:
@@ -218,7 +222,7 @@ class Wide:
     def _jaxpr(self, jaxpr: Jaxpr, arguments: list, consts: list, scope: str) -> list:
         env = dict(zip(jaxpr.invars, arguments, strict=True)) | dict(zip(jaxpr.constvars, consts, strict=True))
         read = lambda atom: Known(real(atom.val)) if isinstance(atom, Literal) else env[atom]  # noqa: E731
-        for eqn in jaxpr.eqns:
+        for eqn in needed(jaxpr):
             operands = [read(atom) for atom in eqn.invars]
             stack = "/".join(part for part in (scope, str(eqn.source_info.name_stack)) if part)
             results = self._equation(eqn, operands, stack)
@@ -246,6 +250,16 @@ class Wide:
         if body is not None:
             return self._jaxpr(body[0], operands, [Known(real(c)) for c in body[1]], scope)
         return rule_for(self, eqn)(self, operands)
+
+
+def needed(jaxpr: Jaxpr) -> list:
+    """The equations that the results need: a module may update running averages that nobody reads."""
+    wanted, kept = set(v for v in jaxpr.outvars if not isinstance(v, Literal)), []
+    for eqn in reversed(jaxpr.eqns):
+        if not wanted.isdisjoint(eqn.outvars):
+            kept.append(eqn)
+            wanted.update(v for v in eqn.invars if not isinstance(v, Literal))
+    return kept[::-1]
 
 
 def near_of(operands) -> str:

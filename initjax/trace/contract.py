@@ -203,7 +203,7 @@ def _check_channels(walk: Walk, body, contracted, name: str, near: str, own: lis
     if any(i in contracted for i in channels):
         raise walk.refuse(
             near,
-            f"the weight {name} sums over one of several channel axes; grouped layers are not covered yet",
+            f"the weight {name} sums over one of several channel axes; such groups have no rule",
             _MEASURE,
         )
     raise walk.refuse(
@@ -243,8 +243,8 @@ def _no_weight(left, right) -> tuple[str, str]:
         return "two weights are multiplied before they meet the data", "multiply the data by one after the other"
     if isinstance(left, Field) and isinstance(right, Field):
         return (
-            "a product of two random fields (attention scores, bilinear layers) is not a Gaussian field; it is not "
-            "covered yet",
+            "a product of two random fields (attention scores, bilinear layers) is not a Gaussian field, and "
+            "has no exact rule",
             _MEASURE,
         )
     if any(len(v.shape) > 2 for v in (left, right) if isinstance(v, Const)):

@@ -241,8 +241,15 @@ def _nnx_apply(graph, params_template, state_template, state, apply_kwargs):
         nnx.replace_by_pure_dict(filled, values)
         return filled
 
+    given = [leaf.dtype for leaf in jax.tree.leaves(params_template)]
+
     def apply(params, x):
-        module = nnx.merge(graph, fill(params_template, params), fill(state_template, state))
+        values, real = state, jnp.result_type(float)
+        if any(leaf.dtype != dtype for leaf, dtype in zip(jax.tree.leaves(params), given, strict=True)):
+            # a trace in float64: running averages are updated in place, in the precision of what is averaged
+            wide = lambda leaf: leaf.astype(real) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf  # noqa: E731
+            values = jax.tree.map(wide, state)
+        module = nnx.merge(graph, fill(params_template, params), fill(state_template, values))
         args, kwargs = _call_arguments(x)
         return module(*args, **kwargs, **apply_kwargs)
 

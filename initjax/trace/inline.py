@@ -83,9 +83,9 @@ def inline(closed: ClosedJaxpr) -> Straight:
             operands = [read(atom) for atom in eqn.invars]
             stack = _join(scope, str(eqn.source_info.name_stack))
             body = call_body(eqn)
-            if (turns := unrolled(eqn)) is not None:
-                values = [constant(v, c.aval) for v, c in zip(turns.consts, turns.jaxpr.constvars, strict=True)]
-                results = run(turns.jaxpr, operands, values, stack)
+            if (plain := unrolled(eqn) or spread(eqn)) is not None:
+                values = [constant(v, c.aval) for v, c in zip(plain.consts, plain.jaxpr.constvars, strict=True)]
+                results = run(plain.jaxpr, operands, values, stack)
             elif body is None:
                 results = [new(var.aval) for var in eqn.outvars]
                 equations.append(Equation(eqn.primitive, eqn.params, tuple(operands), tuple(results), stack))
@@ -145,6 +145,24 @@ def unrolled(eqn) -> ClosedJaxpr | None:
         return [*carry, *stacked]
 
     return jax.make_jaxpr(turns)(*[jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars])
+
+
+def spread(eqn) -> ClosedJaxpr | None:
+    """A tile as broadcasts and a reshape, which have rules. None for anything else."""
+    if eqn.primitive.name != "tile":
+        return None
+    (value,), reps = eqn.invars, eqn.params["reps"]
+
+    def steps(x):
+        sizes, kept = [], []
+        for n, r in zip(x.shape, reps, strict=True):
+            sizes += [r, n] if r > 1 and n > 1 else [max(r, n)]
+            kept.append(len(sizes) - 1)
+        x = jax.lax.broadcast_in_dim(x, sizes, kept)
+        shape = tuple(r * n for n, r in zip(value.aval.shape, reps, strict=True))
+        return x if x.shape == shape else jax.lax.reshape(x, shape)
+
+    return jax.make_jaxpr(steps)(jax.ShapeDtypeStruct(value.aval.shape, value.aval.dtype))
 
 
 def call_body(eqn) -> tuple[Jaxpr, list] | None:

@@ -14,7 +14,8 @@ def scope_of(equation: Equation) -> str:
     text = equation.scope
     while (stripped := _WRAPPER.sub(r"\1", text)) != text:
         text = stripped
-    return "/".join(part for part in text.split("/") if part not in _FOREIGN)
+    # jnp.einsum names its steps by the subscripts, such as `bqhd,bkhd->bhqk`
+    return "/".join(part for part in text.split("/") if part not in _FOREIGN and "->" not in part)
 
 
 def refusal(equation: Equation, near: str, reason: str, remedy: str, what: str = "") -> UnsupportedLayerError:
@@ -24,9 +25,10 @@ def refusal(equation: Equation, near: str, reason: str, remedy: str, what: str =
     """
     scope = scope_of(equation)
     layer = scope or (f"after {near}" if near else "the input")
-    place = f"{scope} (after {near})" if scope and near and near not in scope else layer
+    place = f"in {layer}" if scope or not near else layer
+    place += f" (after {near})" if scope and near and near not in scope else ""
     return UnsupportedLayerError(
-        f"{what or equation.name} in {place} (primitive `{equation.name}`)",
+        f"{what or equation.name} {place} (primitive `{equation.name}`)",
         "layers that the exact infinite-width theory covers: Dense, Conv, Embed, biases, elementwise functions of one "
         "pre-activation, gates of independent branches, sums of branches, norms, reshapes, average pooling, scans",
         reason,

@@ -98,7 +98,7 @@ class Walk:
 
     def refuse(self, near: str, reason: str, remedy: str, what: str = "") -> UnsupportedLayerError:
         assert self.equation is not None
-        return refusal(self.equation, near, reason, remedy, what)
+        return refusal(self.equation, near or next(reversed(self.layers), ""), reason, remedy, what)
 
     def leaf_name(self, view: WeightView) -> str:
         return INPUTS if view.leaf < 0 else self.program.leaves[view.leaf].name
@@ -112,6 +112,14 @@ class Walk:
             if mine.agrees(other) or not mine.view.overlaps(other.view):
                 continue
             name = self.leaf_name(view)
+            if mine.role == other.role == "contracted" and mine.pattern[0] == other.pattern[0]:
+                raise self.refuse(
+                    near,
+                    f"some channels made by the weight {name} are taken out (rotary codes, heads cut in halves) beside "
+                    "others of them, in an arrangement that cannot be followed to its columns",
+                    "make the parts by layers of their own",
+                    what=f"overlapping parts of the weight {name}",
+                )
             raise self.refuse(
                 near,
                 f"the weight {name} is {other.role} along one axis and then {role} along another, or in overlapping "
@@ -473,7 +481,8 @@ def _reason(name: str) -> tuple[str, str]:
         "scan": "a loop whose body mixes weights and activations is not covered yet",
         "while": "the number of turns of a data-dependent loop is not known when the model is traced",
         "cond": "which branch is taken depends on data",
-        "reduce_max": "a maximum over positions or channels is not a function of one Gaussian",
+        "reduce_max": "a maximum over positions or channels (a softmax begins with one) is not a function of one "
+        "Gaussian",
         "reduce_window_max": "a maximum over positions (max-pooling) is not a function of one Gaussian",
         "argmax": "it depends on the order of the entries, not on Gaussian moments",
         "sort": "it depends on the order of the entries, not on Gaussian moments",
