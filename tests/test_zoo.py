@@ -11,6 +11,8 @@ import initjax as ij
 from initjax.errors import UnsupportedLayerError
 
 OF = {verdict: [entry for entry in ZOO if entry.verdict == verdict] for verdict in ("exact", "estimated", "refused")}
+# more than five seconds each where nothing is compiled yet; their parts are in others of the table
+LONG = {"DenseNet", "RNN", "U-Net", "WideResNet block, dropout", "ResNet v2, GroupNorm", "ResNet v1, zero gamma"}
 by_name = {"ids": lambda entry: entry.name.replace(" ", "_")}
 
 
@@ -18,7 +20,11 @@ def twins(entry):
     return [(entry.linen, entry.options), (entry.factory, {})]
 
 
-@pytest.mark.parametrize("entry", OF["exact"], **by_name)
+def some_slow(entries):
+    return [pytest.param(e, marks=pytest.mark.slow) if e.name in LONG else e for e in entries]
+
+
+@pytest.mark.parametrize("entry", some_slow(OF["exact"]), **by_name)
 def test_twins_have_equal_exact_kernels(entry):
     x = INPUTS[entry.inputs]
     linen, twin = (ij.kernel_fn(model, x, **options)(x) for model, options in twins(entry))
