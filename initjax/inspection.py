@@ -16,6 +16,7 @@ import numpy as np
 from initjax.errors import InputError
 from initjax.inspection_blocks import BlockReport, repeated_blocks
 
+SIGNALS = 64  # inputs on which layers are predicted and measured; kernels take all
 NTK_DRAWS = 4  # networks whose tangent kernels are measured, if as many are measured at all
 PHASE_GAIN = 10.0
 
@@ -61,7 +62,8 @@ class Inspection:
 
     Attributes
     ----------
-    layers : one `LayerReport` for each layer, in order of computation.
+    layers : one `LayerReport` for each layer, in order of computation, on the first 64 inputs; `name#2`, ... are
+        further uses of a module and turns of a loop, of which theory reports the last.
     phase : "ordered", "critical" or "chaotic" as far as this depth can tell: the product of chi from the second layer
         to the last is below 1/10, between, or above 10. "unknown" where the theory gives no chi.
     gradient_ratio, gradient_ratio_measured : squared gradient at the first layer over that at the last; the measured
@@ -94,6 +96,11 @@ class Inspection:
     blocks: tuple[BlockReport, ...] = ()
     wrong_fans: tuple[str, ...] = ()
     particles: int = 0
+
+    def __repr__(self) -> str:
+        from initjax.report import summary
+
+        return summary(self)
 
     def to_dict(self) -> dict:
         """The report as dicts, lists, numbers, strings and None; infinities and nan stay floats."""
@@ -146,7 +153,8 @@ def inspect(
     Parameters
     ----------
     model : a linen module, an nnx module, a factory `lambda rngs: Model(rngs=rngs)`, or a pair `(init_fn, apply_fn)`.
-    inputs : batch of n examples, or a tuple or dict of call arguments that are batches; n of 16 to 64 tells enough.
+    inputs : batch of n examples, or a tuple or dict of call arguments that are batches; n of 16 to 64 tells enough
+        about layers; the condition number grows with n, up to the batch of the training itself.
     key : random key of the measured networks.
     depth_report : measure second moments, correlations and gradients of every layer.
     kernels : measure tangent kernels too (of at most 4 networks), in float64.
@@ -201,14 +209,21 @@ def inspect(
     options = dict(apply_kwargs=apply_kwargs, rngs=rngs)
     functional = as_functional(model, inputs, **options)
     n = len(jax.tree.leaves(inputs)[0])
-    predicted, refusal = None, None
     notes: list[str] = []
     chosen = dict(on_unsupported=on_unsupported, particles=particles)
-    predicted, refusal = _try(lambda: kernel_fn(model, inputs, **chosen, **options)(inputs), "")
+    few = inputs if n <= SIGNALS else jax.tree.map(lambda leaf: leaf[:SIGNALS], inputs)
+
+    def theory():
+        kernel = kernel_fn(model, inputs, **chosen, **options)
+        found = kernel(few, get=("ntk", "layers"))
+        return found, found.ntk if n <= SIGNALS else kernel(inputs, get="ntk").ntk
+
+    told, refusal = _try(theory, "")
+    predicted, ntk = told or (None, None)
     signal_key, kernel_key = jax.random.split(key)
     measured, found = None, []
     if depth_report:
-        measure = lambda: empirical.measure(model, inputs, key=signal_key, seeds=seeds, **options)  # noqa: E731
+        measure = lambda: empirical.measure(model, few, key=signal_key, seeds=seeds, **options)  # noqa: E731
         measured, missing = _try(measure, "layers are not measured: ")
         notes += [missing] if missing else []
     if kernels:
@@ -218,7 +233,7 @@ def inspect(
         )
         notes += [missing] if missing else []
     fans, _ = _try(lambda: audit_fans(model, inputs, **options), "")
-    layers = _join(predicted, measured, n)
+    layers = _join(predicted, measured, min(n, SIGNALS))
     gradient = _ratio([layer.gradient for layer in layers])
     ratios = None
     if measured is not None:
@@ -227,13 +242,13 @@ def inspect(
             ratios = _over(np.log10(samples[:, 0]) - np.log10(samples[:, -1]))
     notes += list(predicted.notes) if predicted is not None else []
     if measured is not None and measured.not_measured:
-        notes.append(f"not measured, since they meet no data outside a loop: {', '.join(measured.not_measured)}")
+        notes.append(f"not measured, since no product with data was found: {', '.join(measured.not_measured)}")
     return Inspection(
         layers=layers,
         phase=_phase([layer.chi for layer in layers[1:]]) if predicted is not None else "unknown",
         gradient_ratio=gradient,
         gradient_ratio_measured=ratios,
-        **_spectra(None if predicted is None else np.asarray(predicted.ntk), found or [], n),
+        **_spectra(None if ntk is None else np.asarray(ntk), found or [], n),
         refusal=refusal,
         notes=tuple(notes),
         inputs=n,

@@ -50,12 +50,7 @@ def table(report: "Inspection") -> Any:
     whole.add_column("predicted", justify="right")
     whole.add_column("measured", justify="right")
     whole.add_row("phase, as far as this depth tells", report.phase, "")
-    rows = (
-        ("gradient, first / last layer", report.gradient_ratio, _power(report.gradient_ratio_measured)),
-        ("NTK condition number", report.condition_number, _power(report.condition_number_measured)),
-        ("largest stable learning rate", report.max_learning_rate, _estimate(report.max_learning_rate_measured)),
-    )
-    for title, predicted, measured in rows:
+    for title, predicted, measured in whole_model(report):
         whole.add_row(title, _number(predicted), measured)
     parts: list[Any] = [layers, whole]
     if report.blocks:
@@ -73,6 +68,26 @@ def table(report: "Inspection") -> Any:
         parts.append(Text(f"No exact prediction for this model:\n{report.refusal}\n"))
     parts.extend(Text(f"Note: {note}\n") for note in _grouped(report.notes))
     return Group(*parts)
+
+
+def summary(report: "Inspection") -> str:
+    """A few lines of plain text."""
+    size = f"{len(report.layers)} layers, {report.inputs} inputs, {report.networks} networks"
+    parts = [f"Inspection ({size}): {report.phase}"]
+    for title, predicted, measured in whole_model(report):
+        parts.append(f"  {title}: {_number(predicted)} predicted, {measured} measured")
+    if report.refusal:
+        parts.append(f"  no exact prediction: {report.refusal.partition(chr(10))[0]}")
+    return "\n".join([*parts, "  all of it: rich.print(report.table()), report.plot(), report.to_html(path)"])
+
+
+def whole_model(report: "Inspection") -> tuple:
+    """(quantity, prediction, measurement as text) of the model as a whole."""
+    return (
+        ("gradient, first / last layer", report.gradient_ratio, _power(report.gradient_ratio_measured)),
+        ("NTK condition number", report.condition_number, _power(report.condition_number_measured)),
+        ("largest stable learning rate", report.max_learning_rate, _estimate(report.max_learning_rate_measured)),
+    )
 
 
 def draw(report: "Inspection") -> Any:

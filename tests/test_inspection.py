@@ -268,3 +268,21 @@ def test_tangent_kernels_of_a_model_that_insists_on_its_precision():
     x = np.random.default_rng(8).normal(size=(3, 2, 4)).astype(np.float32)
     report = ij.inspect(Recurrent(), x, key=jax.random.key(0), seeds=1, depth_report=False)
     assert report.kernels == 1 and report.condition_number_measured is not None
+
+
+def test_layers_on_a_few_inputs_and_the_spectrum_on_all():
+    x = batch(100)
+    found = ij.inspect(Tanh(1, 16), x, key=KEY, seeds=2)
+    few = ij.kernel_fn(Tanh(1, 16), x)(x[:64])
+    assert found.layers[1].q == pytest.approx(float(np.mean(few.layers[1].q)), rel=1e-12)
+    whole = ij.kernel_fn(Tanh(1, 16), x)(x, get="ntk").ntk
+    assert found.condition_number == pytest.approx(float(ij.condition_number(whole)), rel=1e-9)
+    assert found.condition_number > float(ij.condition_number(few.ntk))  # of a larger matrix with the first inside
+    assert found.inputs == 100 and found.condition_number_measured.mean > 0
+
+
+def test_reprs_are_a_few_lines(report):
+    kernel = ij.kernel_fn(Tanh(), batch())(batch())
+    assert len(repr(report).splitlines()) <= 6 and "NTK condition number" in repr(report)
+    for value in (kernel, kernel.layers[0], kernel.layers):
+        assert len(repr(value)) < 400

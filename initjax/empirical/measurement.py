@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from initjax.empirical import loops
 from initjax.empirical.blocks import default_memory
 from initjax.empirical.network import examples
 from initjax.empirical.program import trace
@@ -29,14 +30,16 @@ class Measurement:
 
     Attributes
     ----------
-    layers : names of the layers, the paths of the modules that own their weights.
+    layers : names of the layers, the paths of the modules that own their weights; `name#2` is its second use, so that
+        `name`, `name#2`, ... are the turns of a loop (of more than 16 turns: 1, 2, 4, ... and the last).
     q, q_error : mean of h^2 over the units (and positions) of a layer, (L, n).
     correlation, correlation_error : h_l(x_i) . h_l(x_j) / (|h_l(x_i)| |h_l(x_j)|), (L, n, n).
     gradient, gradient_error : |v . dF(x)/dh_l|^2 / k for the k outputs F(x) and a random readout v ~ N(0, 1), (L, n).
         Its mean is the squared Jacobian norm per output: 1 in the last layer, a factor chi larger each layer further
         back, whatever the widths.
     q_samples, gradient_samples : the same for each network, (R, L, n): for ratios, logarithms, means over inputs.
-    not_measured : weights (leaves with two or more axes) outside these layers: inside loops, or meeting no data.
+    not_measured : weights (leaves with two or more axes at each turn of a loop) outside these layers: inside loops of
+        unknown length and branches that depend on data, added like position codes, or unused.
     """
 
     q: Any
@@ -79,8 +82,8 @@ def measure(
 
     Draws `seeds` networks from the model's own initializers and runs each forwards on `inputs` and backwards from
     random readouts. Every product, convolution or look-up of a weight with data is a layer, found in the traced
-    program: linen, nnx and plain functions alike, used as they are. One program is compiled, for as many networks at
-    once as the memory allows.
+    program: linen, nnx and plain functions alike, used as they are, also inside scans. One program is compiled, for as
+    many networks at once as the memory allows.
 
     Parameters
     ----------
@@ -138,70 +141,53 @@ def measure(
     inputs = jax.tree.map(jnp.asarray, inputs)
     functional = as_functional(model, inputs, apply_kwargs=apply_kwargs, rngs=rngs)
     program = trace(functional.apply, functional.abstract_params, inputs)
-    layers = [layer for layer in program.layers() if program.avals[layer.value].shape[:1] == (n,)]
+    layers = [row for row in loops.rows(program) if row.place.aval.shape[:1] == (n,)]
     if not layers:
         raise InputError(
             f"a model with the parameters {list(functional.leaf_names)}, none of which meets data in a layer",
-            "a model with products, convolutions or look-ups of weights, outside scan and while loops",
+            "a model with products, convolutions or look-ups of weights, outside loops of unknown length",
             "signals are measured behind the weights, with the examples along the first axis",
-            "unroll the loop (nn.scan to a Python loop) to see its layers",
+            "write the loop as nn.scan, nnx.scan or a Python loop to see its layers",
         )
     if functional.values is not None:
         seeds = 1  # a finished module is one network
     samples = _sample(functional, program, layers, inputs, n, key, int(seeds), memory)
     q, gradient, correlation = (np.concatenate(part) for part in zip(*samples, strict=True))
-    found = frozenset().union(*(layer.leaves for layer in layers))
-    left = [
-        name
-        for i, name in enumerate(program.names)
-        if i not in found and len(program.avals[program.params[i]].shape) > 1
-    ]
+    found = frozenset().union(*(row.layer.leaves for row in layers))
+    ranks = loops.ranks(program)
+    left = [name for i, name in enumerate(program.names) if i not in found and ranks[i] > 1]
     return Measurement(
         *_over_networks(q),
         *_over_networks(correlation),
         *_over_networks(gradient),
         q_samples=q,
         gradient_samples=gradient,
-        layers=tuple(layer.name for layer in layers),
+        layers=tuple(row.layer.name for row in layers),
         not_measured=tuple(left),
     )
 
 
 def _sample(functional, program, layers, inputs, n, key, seeds, memory):
     """q, gradients and correlations, each (networks, L, ...), of one chunk of networks after another."""
-    values = [layer.value for layer in layers]
+    places = {row.place.path: row.place for row in layers}
 
     def one_network(params, readout_key):
-        def run(taps):
-            seen = {}
-
-            def tap(number, value):
-                if number not in taps:
-                    return value
-                seen[number] = value
-                return value + taps[number]
-
-            return program.evaluate(params, inputs, tap), [seen[number] for number in values]
-
-        taps = {v: jnp.zeros(program.avals[v].shape, program.avals[v].dtype) for v in values}
-        outputs, pullback, seen = jax.vjp(run, taps, has_aux=True)
+        taps = {path: jnp.zeros((*p.turns, *p.aval.shape), p.aval.dtype) for path, p in places.items()}
+        outputs, pullback, seen = jax.vjp(
+            lambda taps: loops.evaluate(program, params, inputs, taps), taps, has_aux=True
+        )
         readouts, k = _readouts(readout_key, outputs, n)
         (gradients,) = pullback(readouts)
-        h = [_scaled(value) for value in seen]
-        g = [_scaled(gradients[v]) for v in values]
+        h = [_scaled(seen[row.place.path][row.index]) for row in layers]
+        g = [_scaled(gradients[row.place.path][row.index]) for row in layers]
         correlations = jnp.stack([_correlation(flat) for _, flat in h])
         squares = [(size, (flat**2).mean(1)) for size, flat in h], [(size, (flat**2).sum(1) / k) for size, flat in g]
         return *(tuple(jnp.stack(part) for part in zip(*pairs, strict=True)) for pairs in squares), correlations
 
     params_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(functional.abstract_params))
-    # every step's value is held for the backward pass; gradients come and go
-    held = sum(
-        2 * aval.size * aval.dtype.itemsize
-        for aval in (program.avals[out] for step in program.steps for out in step.outputs)
-        if hasattr(aval.dtype, "itemsize")
-    )
+    held = 2 * loops.held_bytes(program)  # every step's value is held for the backward pass; gradients come and go
     budget = default_memory() if memory is None else int(memory)
-    at_once = int(min(seeds, max(1, budget // (2 * params_bytes + held + 8 * len(values) * n * n))))
+    at_once = int(min(seeds, max(1, budget // (2 * params_bytes + held + 8 * len(layers) * n * n))))
     at_once = -(-seeds // -(-seeds // at_once))
     keys = jax.vmap(jax.random.split)(jax.random.split(key, seeds))
     draw = jax.vmap(functional.init)  # not jitted: layers share a few small programs, all at once compile for seconds

@@ -5,6 +5,7 @@ so that custom derivatives remain the author's.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -63,7 +64,7 @@ class Program:
     leaves : number -> indices of the parameter leaves it depends on.
     from_data : numbers that depend on `x`.
     avals : number -> shape and dtype.
-    names : paths of the parameter leaves.
+    names, sizes : paths of the parameter leaves, and their numbers of entries.
     """
 
     params: tuple[int, ...]
@@ -75,6 +76,7 @@ class Program:
     from_data: frozenset[int]
     avals: dict[int, Any]
     names: tuple[str, ...]
+    sizes: tuple[int, ...]
 
     def evaluate(self, params: Any, x: Any, change: Callable[[int, Any], Any] = lambda number, value: value):
         """Outputs as flat leaves; every computed value passes through `change(number, value)`."""
@@ -91,19 +93,23 @@ class Program:
         return [env[out] if isinstance(out, int) else out.val for out in self.outputs]
 
     def layers(self) -> list[Layer]:
-        """Every product, convolution or look-up of a weight with data, in order of computation."""
+        """Every product, convolution or look-up of a weight with data, in order of computation; none inside loops."""
+        return named(self.names, [found for _, *found in self.meetings()])
+
+    def meetings(self) -> list[tuple[int, int, Layer]]:
+        """(index of the step, largest leaf, layer without a name) wherever a weight meets data."""
         consumers: dict[int, list[Step]] = {}
         for step in self.steps:
             for number in step.inputs:
                 consumers.setdefault(-1 if number is None else number, []).append(step)
         found = []
-        for step in self.steps:
+        for i, step in enumerate(self.steps):
             weights = [n for n in step.inputs if n is not None and self._is_param(n)]
             if step.name in _WEIGHING and len(weights) == 1 and step.outputs[0] in self.from_data:
                 value, leaves = self._pre_activation(step.outputs[0], consumers)
-                leaf = max(self.leaves[weights[0]], key=lambda i: np.prod(self.avals[self.params[i]].shape))
-                found.append((leaf, Layer("", step, value, self.leaves[weights[0]] | leaves)))
-        return [dataclasses.replace(layer, name=name) for layer, name in zip(*self._named(found), strict=True)]
+                leaf = max(self.leaves[weights[0]], key=lambda i: self.sizes[i])
+                found.append((i, leaf, Layer("", step, value, self.leaves[weights[0]] | leaves)))
+        return found
 
     def _is_param(self, number):
         return number not in self.from_data and bool(self.leaves.get(number))
@@ -127,18 +133,20 @@ class Program:
             number = step.outputs[0]
         return best, leaves
 
-    def _named(self, found):
-        owners = [layer_of(self.names[leaf]) for leaf, _ in found]
-        weights: dict[str, set[int]] = {}
-        for owner, (leaf, _) in zip(owners, found, strict=True):
-            weights.setdefault(owner, set()).add(leaf)
-        names, seen = [], {}
-        for owner, (leaf, _) in zip(owners, found, strict=True):
-            # two weights of one module go by their own names, one weight used twice by a number
-            name = owner if len(weights[owner]) == 1 else self.names[leaf]
-            seen[name] = seen.get(name, 0) + 1
-            names.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
-        return [layer for _, layer in found], names
+
+def named(names: tuple[str, ...], found: list) -> list[Layer]:
+    """Layers with the name of the module that owns their weight; (largest leaf, layer) in order of computation."""
+    owners = [layer_of(names[leaf]) for leaf, _ in found]
+    weights: dict[str, set[int]] = {}
+    for owner, (leaf, _) in zip(owners, found, strict=True):
+        weights.setdefault(owner, set()).add(leaf)
+    result, seen = [], {}
+    for owner, (leaf, layer) in zip(owners, found, strict=True):
+        # two weights of one module go by their own names, one weight used twice by a number
+        name = owner if len(weights[owner]) == 1 else names[leaf]
+        seen[name] = seen.get(name, 0) + 1
+        result.append(dataclasses.replace(layer, name=name if seen[name] == 1 else f"{name}#{seen[name]}"))
+    return result
 
 
 def run_steps(
@@ -147,7 +155,7 @@ def run_steps(
     """`env`, number -> value, with what the steps compute; each value passes through `change(number, value)`."""
     env = dict(env)
     for step in steps:
-        for number, value in zip(step.outputs, _run(step, env), strict=True):
+        for number, value in zip(step.outputs, run_step(step, env), strict=True):
             env[number] = change(number, value)
     return env
 
@@ -155,7 +163,16 @@ def run_steps(
 def trace(apply: Callable, params: Any, x: Any) -> Program:
     """The program of `apply` at the shapes of `params` and `x` (arrays or `ShapeDtypeStruct`)."""
     closed = jax.make_jaxpr(apply)(params, x)
-    n_params = len(jax.tree.leaves(params))
+    leaves = jax.tree.leaves(params)
+    origins = [(frozenset({i}), False) for i in range(len(leaves))]
+    origins += [(frozenset(), True)] * (len(closed.jaxpr.invars) - len(leaves))
+    return as_program(
+        closed, origins, len(leaves), leaf_names(params), tuple(math.prod(np.shape(leaf)) for leaf in leaves)
+    )
+
+
+def as_program(closed: ClosedJaxpr, origins: list, n_params: int, names: tuple[str, ...], sizes: tuple) -> Program:
+    """A jaxpr as a program, of whose inputs `origins` says (the leaves that enter, whether data do)."""
     avals: dict[int, Any] = {}
     constants: dict[int, Any] = {}
     leaves: dict[int, frozenset[int]] = {}
@@ -183,30 +200,30 @@ def trace(apply: Callable, params: Any, x: Any) -> Program:
                 given = [n if isinstance(n, int) else constant(n, n.val) for n in operands]
                 results = run(body.jaxpr, given, body.consts)
             else:
-                results = [new(var) for var in _kept(eqn)]
+                results = [new(var) for var in kept(eqn)]
                 steps.append(Step(eqn, tuple(n if isinstance(n, int) else None for n in operands), tuple(results)))
                 for result in results:
                     leaves[result] = frozenset().union(*(leaves.get(n, frozenset()) for n in numbers))
                     if any(n in from_data for n in numbers):
                         from_data.add(result)
-            env.update(zip(eqn.outvars if body else _kept(eqn), results, strict=True))
+            env.update(zip(eqn.outvars if body else kept(eqn), results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
     inputs = [new(var) for var in closed.jaxpr.invars]
-    leaves.update((inputs[i], frozenset({i})) for i in range(n_params))
-    from_data.update(inputs[n_params:])
+    leaves.update((number, of) for number, (of, _) in zip(inputs, origins, strict=True))
+    from_data.update(number for number, (_, data) in zip(inputs, origins, strict=True) if data)
     outputs = run(closed.jaxpr, inputs, closed.consts)
-    steps = _needed(steps, outputs)
     return Program(
         params=tuple(inputs[:n_params]),
         data=tuple(inputs[n_params:]),
         constants=constants,
-        steps=tuple(steps),
+        steps=tuple(_needed(steps, outputs)),
         outputs=tuple(outputs),
         leaves=leaves,
         from_data=frozenset(from_data),
         avals=avals,
-        names=leaf_names(params),
+        names=names,
+        sizes=sizes,
     )
 
 
@@ -226,7 +243,7 @@ def _body(eqn) -> ClosedJaxpr | None:
     return body
 
 
-def _run(step: Step, env):
+def run_step(step: Step, env):
     """The values of a step: its equation as a program of one equation, which keeps custom derivatives."""
     eqn = step.eqn
     operands = {var: env[number] for var, number in zip(eqn.invars, step.inputs, strict=True) if number is not None}
@@ -236,10 +253,10 @@ def _run(step: Step, env):
 def _one_equation(eqn):
     variables = list(dict.fromkeys(atom for atom in eqn.invars if not isinstance(atom, Literal)))
     empty = jax.make_jaxpr(lambda: ())().jaxpr
-    jaxpr = empty.replace(invars=variables, outvars=_kept(eqn), eqns=[eqn], effects=eqn.effects)
+    jaxpr = empty.replace(invars=variables, outvars=kept(eqn), eqns=[eqn], effects=eqn.effects)
     return jaxpr_as_fun(ClosedJaxpr(jaxpr, ()))
 
 
-def _kept(eqn):
+def kept(eqn):
     """The results of an equation but for those that nobody reads, which have no name."""
     return [var for var in eqn.outvars if type(var).__name__ != "DropVar"]

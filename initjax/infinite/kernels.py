@@ -49,6 +49,12 @@ class Layer:
     chi: Any
     gradient: Any
 
+    def __repr__(self) -> str:
+        if is_traced(self.q):
+            return f"Layer({self.name!r}, traced)"
+        means = ", ".join(f"{name} {np.mean(getattr(self, name)):.4g}" for name in ("q", "chi", "gradient"))
+        return f"Layer({self.name!r}: {means}; means over {np.size(self.q)} inputs)"
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

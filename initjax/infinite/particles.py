@@ -46,6 +46,11 @@ class StandardError:
     ntk: Any
     leaves: dict[str, Any]
 
+    def __repr__(self) -> str:
+        known = {name: value for name in ("nngp", "ntk") if (value := getattr(self, name)) is not None}
+        sizes = (f"{name} {'traced' if is_traced(v) else f'up to {np.max(v):.2g}'}" for name, v in known.items())
+        return f"StandardError({', '.join(sizes)}, {len(self.leaves)} leaves)"
+
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
