@@ -394,3 +394,15 @@ def test_rounding_where_a_function_is_negligible_is_not_oscillation():
     q = np.array([0.5, 4.0, 40.0])
     # both are resolved to 13 digits
     np.testing.assert_allclose(ij.gaussian.moment(slope, q), ij.gaussian.moment_prime(jax.nn.gelu, q), rtol=1e-12)
+
+
+@pytest.mark.parametrize("phi", [jax.scipy.special.erf, lambda x: jax.nn.gelu(x, approximate=False)])
+def test_mixed_second_derivatives_of_closed_forms_are_finite_at_correlation_one(phi):
+    def k(x, y):
+        return ij.gaussian.cross(phi, phi, x * x + 0.5, y * y + 0.5, x * y + 0.5)
+
+    mixed = jax.jit(jax.grad(jax.grad(k), 1))
+    # symmetric about x = y, so that the value between neighbours is that at their middle up to the distance squared
+    np.testing.assert_allclose(mixed(0.7, 0.7), mixed(0.7 - 1e-5, 0.7 + 1e-5), rtol=1e-6)
+    slope = jax.grad(lambda c: ij.gaussian.dual_prime(jax.nn.relu, 1.0, 1.0, c))
+    assert slope(1.0) == jnp.inf

@@ -264,7 +264,7 @@ def _exp_dual(xp, p, r, q1, q2, c, s):
 
 def _bell_delta(xp, p, r, q1, q2, c, s):
     x, y = 2 * p[0] * q1, 2 * r[0] * q2
-    return 1 + x + y + x * y * s * s  # (1 + x)(1 + y) - c^2 x y without cancellation
+    return 1 + x + y + x * y * (1 - c) * (1 + c)  # (1 + x)(1 + y) - c^2 x y
 
 
 def _bell(xp, p, r, q1, q2, c, s):
@@ -284,23 +284,23 @@ def _odd_bell_prime(xp, p, r, q1, q2, c, s):
 def _erf_dual(xp, p, r, q1, q2, c, s):
     x, y = 2 * p[0] ** 2 * q1, 2 * r[0] ** 2 * q2
     cross = 2 * p[0] * r[0] * c * xp.sqrt(q1) * xp.sqrt(q2)
-    rest = xp.sqrt(1 + x + y + x * y * s * s)
+    rest = xp.sqrt(1 + x + y + x * y * (1 - c) * (1 + c))
     return p[1] * r[1] * (2 / PI) * _latitude(xp, cross, rest) + p[2] * r[2] + 0 * rest
 
 
 def _gelu_dual(xp, p, r, q1, q2, c, s):
     x, y = p[0] ** 2 * q1, r[0] ** 2 * q2
     k = p[0] * r[0] * c * xp.sqrt(q1) * xp.sqrt(q2)
-    delta = 1 + x + y + x * y * s * s
+    delta = 1 + x + y + x * y * (1 - c) * (1 + c)
     quarter = 0.25 + _latitude(xp, k, xp.sqrt(delta)) / (2 * PI)
-    bracket = x * y * s * s + k * k * (1 / (1 + x) + 1 / (1 + y))
+    bracket = x * y * (1 - c) * (1 + c) + k * k * (1 / (1 + x) + 1 / (1 + y))
     return p[1] * r[1] * (k * quarter + bracket / (2 * PI * xp.sqrt(delta)))
 
 
 def _gelu_prime_dual(xp, p, r, q1, q2, c, s):
     x, y = p[0] ** 2 * q1, r[0] ** 2 * q2
     k = p[0] * r[0] * c * xp.sqrt(q1) * xp.sqrt(q2)
-    delta = 1 + x + y + x * y * s * s
+    delta = 1 + x + y + x * y * (1 - c) * (1 + c)
     quarter = 0.25 + _latitude(xp, k, xp.sqrt(delta)) / (2 * PI)
     return p[1] * r[1] * (quarter + k / (2 * PI * xp.sqrt(delta)) * (1 / (1 + x) + 1 / (1 + y) + 1 / delta))
 

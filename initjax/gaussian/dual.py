@@ -25,6 +25,7 @@ from initjax.gaussian.expect import _expect, check_q, density, host_rule, scalar
 from initjax.gaussian.matrix import FEW, WORTH_COMPILING, coefficient_pair, matrix_pair
 from initjax.gaussian.nodes import REACH, unit_edges
 from initjax.gaussian.series import RESOLVED, aligned, evaluate, series, stacked
+from initjax.gaussian.taylor import is_recording, recorded
 from initjax.trace.jaxpr import is_traced
 
 SNAP = 4e-15  # a correlation this close to +-1 is rounding: arccos would turn it into 1e-7
@@ -100,6 +101,8 @@ def cross(f, g, q1, q2, k):
     if is_traced(q1, q2, k):
         dtype = jnp.result_type(*(a for a in (q1, q2, k) if is_traced(a)))
         q1, q2, k = jnp.broadcast_arrays(*(jnp.asarray(a, dtype) for a in (q1, q2, k)))
+        if is_recording():
+            return recorded((f, g), q1, q2, k)
         tiny = jnp.asarray(1e-30, dtype)
         raw = k / (jnp.sqrt(jnp.maximum(q1, tiny)) * jnp.sqrt(jnp.maximum(q2, tiny)))
         snap = SNAP if dtype == jnp.float64 else 1e-6
@@ -179,6 +182,11 @@ def host_pair(f: Activation, g: Activation, q1, q2, c) -> np.ndarray:
 def _diagonal(f, g, q):
     if f is g:
         return host_rule(f, lambda u, value, slope: [value * value], q, 1)[0]
+    if not f.kinks and not g.kinks:
+        try:  # the cells of one function often resolve the other, and the product needs no analysis of its own
+            return host_rule(f, lambda u, value, slope: [value * g.values(u)], q, 1)[0]
+        except QuadratureError:
+            pass
     both = _joined(f, g)
     return host_rule(both, lambda u, value, slope: [value], q, 1)[0]
 
@@ -307,7 +315,7 @@ def _pair_jvp(f, g, primals, tangents):
 def _scaling(f, g, q1, q2, c):
     """d/dq1 E[f(u) g(v)] at fixed c: E[u f'(u) g(v)] / (2 q1), with kappa f(kappa) jumps."""
     p, r = recognise(f), recognise(g)
-    if p is not None and r is not None and p.family == r.family:
+    if p is not None and r is not None and p.family == r.family and not f.kinks:
         s = jnp.sqrt(jnp.maximum((1 - c) * (1 + c), 0 * c))
         form = functools.partial(FORMS[p.family], jnp, p.parameters, r.parameters)
         return jax.jvp(lambda q: form(q, q2, c, s), (q1,), (jnp.ones_like(q1),))[1]
@@ -327,8 +335,10 @@ def _deltas(f, g, q1, q2, c):
     for point, jump in f.jumps:
         for other, step in g.jumps:
             rest = q2 * (1 - c) * (1 + c)
-            mean = c * jnp.sqrt(q2 / q1) * point
-            total = total + jump * step * density(point, q1) * density(other - mean, rest)
+            miss = other - c * jnp.sqrt(q2 / q1) * point
+            apart = density(miss, jnp.where(rest > 0, rest, jnp.ones_like(rest)))
+            infinite = jnp.where(jnp.abs(miss) < 1e-12, jnp.full_like(rest, jnp.inf), jnp.zeros_like(rest))
+            total = total + jump * step * density(point, q1) * jnp.where(rest > 0, apart, infinite)
     return total
 
 

@@ -19,6 +19,7 @@ from initjax.errors import InputError, QuadratureError
 from initjax.gaussian.activation import Activation, as_activation
 from initjax.gaussian.closed import mean_form, recognise
 from initjax.gaussian.nodes import FAR_REACH, LOW_ORDER, ORDER, REACH, panel_nodes, unit_edges
+from initjax.gaussian.taylor import is_recording, recorded
 from initjax.trace.jaxpr import is_traced
 
 TOLERANCE = 1e-9  # an estimated relative error above this is an error, not a result
@@ -196,7 +197,7 @@ def expect(f, q):
     """
     act = as_activation(f)
     if is_traced(q):
-        return _expect(act, jnp.asarray(q))
+        return recorded((act,), jnp.asarray(q)) if is_recording() else _expect(act, jnp.asarray(q))
     q = check_q(q)
     member = recognise(act)
     if member is not None:

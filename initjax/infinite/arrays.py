@@ -185,9 +185,9 @@ def cross(f: Expr, g: Expr, q1, q2, k):
         return _stein(g, q2, k)
     if g is VARIABLE:
         return _stein(f, q1, k)
-    xp = xp_of(q1, q2, k)
-    bound = xp.sqrt(q1) * xp.sqrt(q2)
-    k = xp.clip(k, -bound, bound)
+    if not is_traced(q1, q2, k):  # the derivative of a clip at its bound is no derivative of the kernel
+        bound = np.sqrt(q1) * np.sqrt(q2)
+        k = np.clip(k, -bound, bound)
     value = gaussian.cross(f.fn, g.fn, q1, q2, k)
     return value if is_traced(value) else np.asarray(value)
 
