@@ -77,11 +77,11 @@ class Net(nn.Module):
 def test_random_networks_are_not_symmetric_and_constant_ones_are():
     x = jnp.ones((2, 4), jnp.float32)
     random = symmetry.report(Net(jax.nn.initializers.lecun_normal()).init(jax.random.key(0), x))
-    assert random.flagged == () and [layer.distinct for layer in random.layers] == [8] * 11 + [3]
+    assert random.flagged == () and [layer.effective_width for layer in random.layers] == [8] * 11 + [3]
     assert [layer.outgoing for layer in random.layers[:-1]] == [layer.name for layer in random.layers[1:]]
     constant = symmetry.report(Net(jax.nn.initializers.constant(0.2)).init(jax.random.key(0), x))
     # the last hidden layer meets a random readout, so that its units part
-    assert [layer.distinct for layer in constant.layers] == [1] * 10 + [8, 3]
+    assert [layer.effective_width for layer in constant.layers] == [1] * 10 + [8, 3]
     assert len(constant.flagged) == 10 and constant.escape == math.inf
     assert constant.layers[1].stable_rank == pytest.approx(1.0, rel=1e-6)
     assert "1 of 8 units distinct" in repr(constant) and "COPIES" in repr(constant)
@@ -93,7 +93,7 @@ def test_a_zero_readout_is_silent_and_no_symmetry():
             jax.random.key(0), jnp.ones((2, 4), jnp.float32)
         )
     )
-    assert found.flagged == () and [layer.silent for layer in found.layers] == [False] * 10 + [True, False]
+    assert found.flagged == () and [layer.dead for layer in found.layers] == [False] * 10 + [True, False]
     assert math.isnan(found.layers[-1].stable_rank)
 
 
@@ -112,7 +112,7 @@ def test_convolutions_flattening_and_nnx():
     readout = model.out.kernel[...].reshape(16, 6, 2)
     model.out.kernel[...] = readout.at[:, 3].set(readout[:, 1]).reshape(96, 2)
     found = symmetry.report(nnx.state(model, nnx.Param))
-    assert found.layers[0].distinct == 5 and found.layers[0].flagged
+    assert found.layers[0].effective_width == 5 and found.layers[0].flagged
 
 
 def test_copies_stay_copies_under_training_and_near_copies_part():
@@ -135,12 +135,12 @@ def test_copies_stay_copies_under_training_and_near_copies_part():
         )
 
     exact = near_constant(0.0)
-    assert symmetry.report(exact).layers[0].distinct == 1
+    assert symmetry.report(exact).layers[0].effective_width == 1
     # gradients of equal rows are equal but for the order of summation in float32
-    assert symmetry.report(train(exact, 300), 1e-4).layers[0].distinct == 1
+    assert symmetry.report(train(exact, 300), 1e-4).layers[0].effective_width == 1
     near = near_constant(1e-3)
     before, after = (symmetry.report(p).layers[0] for p in (near, train(near, 3000)))
-    assert before.distinct == 16 and after.distance > 5 * before.distance
+    assert before.effective_width == 16 and after.distance > 5 * before.distance
 
 
 @pytest.mark.parametrize(

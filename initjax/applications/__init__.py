@@ -1,8 +1,13 @@
 """What initialization theory says about the uses of networks: thin answers on the pillars, one module a question.
 
-`symmetry`      which units start as copies of each other, and how long near copies take to part
+`conditioning`  condition numbers of NNGP and NTK against depth, with their laws in the three phases
+`heads`         scale, first loss and trunk gradient of heads for transfer and for many tasks
+`input_scale`   the input scale at which an update becomes catastrophic, and the layer that fails first
 `pinn`          how large the residual of a differential equation and its gradients are, and its kernels
+`recurrent`     critical recurrent weights with an input, and how long a cell remembers
+`residual`      growth by skip connections, zero branches and what they leave without gradient
 `signal`        what a deep linear network, and Xavier initialization, does to signals and gradients
+`symmetry`      which units start as copies of each other, and how long near copies take to part
 
 Each module is imported when it is first used.
 """
@@ -11,12 +16,22 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from initjax.applications import conditioning as conditioning
+    from initjax.applications import heads as heads
+    from initjax.applications import input_scale as input_scale
     from initjax.applications import pinn as pinn
+    from initjax.applications import recurrent as recurrent
+    from initjax.applications import residual as residual
     from initjax.applications import signal as signal
     from initjax.applications import symmetry as symmetry
 
 _MODULES = (
+    "conditioning",
+    "heads",
+    "input_scale",
     "pinn",
+    "recurrent",
+    "residual",
     "signal",
     "symmetry",
 )

@@ -133,7 +133,7 @@ class _Parts:
         moments.run(a.plan, b.plan)
         return moments
 
-    def tile(self, a: Side, b: Side) -> dict[str, Any]:
+    def tile(self, a: Side, b: Side) -> dict[Any, Any]:
         """The same parts for two blocks; None where zero by structure."""
         moments = self.moments(a, b)
         out: dict[Any, Any] = {}

@@ -67,6 +67,15 @@ def leaf_names(params) -> tuple[str, ...]:
     return tuple(jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths)
 
 
+def nnx_parameters(tree):
+    """The trainable parameters of an nnx module as nested dictionaries; anything else as it is."""
+    if not _is_nnx(tree):
+        return tree
+    from flax import nnx
+
+    return nnx.to_pure_dict(nnx.state(tree, nnx.Param))
+
+
 def layer_of(leaf_name: str) -> str:
     """The module that owns a leaf: `blocks/0/Dense_0` for `blocks/0/Dense_0/kernel`."""
     return leaf_name.rpartition("/")[0] or leaf_name

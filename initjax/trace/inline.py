@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from initjax.trace.jaxpr import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun, scan_parts
 
@@ -56,6 +57,17 @@ class Straight:
     constants: dict[int, Any]
     equations: tuple[Equation, ...]
     avals: dict[int, Any]
+
+
+def evaluate(body: Straight, inputs: list, change=lambda number, value: value) -> dict[int, Any]:
+    """Number -> value of everything in the program; inputs and results pass through `change(number, value)`."""
+    env = {n: jnp.asarray(value, body.avals[n].dtype) for n, value in body.constants.items()}
+    env.update((n, change(n, value)) for n, value in zip(body.inputs, inputs, strict=True))
+    for equation in body.equations:
+        results = equation.primitive.bind(*(env[n] for n in equation.inputs), **equation.params)
+        results = results if equation.primitive.multiple_results else [results]
+        env.update((n, change(n, value)) for n, value in zip(equation.outputs, results, strict=True))
+    return env
 
 
 def inline(closed: ClosedJaxpr) -> Straight:

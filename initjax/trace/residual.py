@@ -23,6 +23,7 @@ class Branch:
     biases : biases added behind the end.
     kernels : weights of the contractions inside, in program order.
     equation : number of the addition.
+    value : number of the branch's value, one operand of the addition; the other is the shortcut.
     """
 
     end: int | None
@@ -30,6 +31,7 @@ class Branch:
     biases: tuple[int, ...]
     kernels: tuple[int, ...]
     equation: int
+    value: int
 
 
 def branches(survey: Survey) -> tuple[Branch, ...]:
@@ -94,7 +96,7 @@ class _Search:
             if equation.name not in ("convert_element_type", "reshape", "copy", "optimization_barrier"):
                 break
             seen = equation.inputs[0]
-        return (number, *self.terms.get(seen, ()))
+        return tuple(dict.fromkeys((number, seen, *self.terms.get(seen, ()))))
 
     def _at(self, index: int, a: int, b: int) -> list[Branch]:
         for shortcut, branch in ((a, b), (b, a)):
@@ -166,7 +168,7 @@ class _Search:
     def _branch(self, index: int, value: int, stop: set[int]) -> Branch:
         inside = (self._behind(value, stop) | {value}) - stop
         end, kind, biases = self._end(value)
-        return Branch(end, kind, tuple(biases), tuple(self._kernels(inside)), index)
+        return Branch(end, kind, tuple(biases), tuple(self._kernels(inside)), index, value)
 
     def _end(self, value: int) -> tuple[int | None, str, list[int]]:
         biases: list[int] = []
