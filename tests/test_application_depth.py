@@ -271,7 +271,7 @@ def test_zero_gamma_is_the_identity_and_silences_the_branches():
     assert found.shortcut_only and found.identity_trunk and found.growth == 1.0
     assert found.silent == ("branch0/kernel", "branch1/kernel", "branch2/kernel")
     assert found.moving == ("gamma0", "gamma1", "gamma2")
-    assert found.gradient_growth_measured == pytest.approx((1.0, 0.0), abs=1e-12)
+    assert found.gradient_growth_measured == pytest.approx((1.0, 0.0), abs=1e-5)  # squares in float32
     params = model.init(jax.random.key(2), x)
     y = jnp.ones((3, 1), jnp.float32)
     loss = lambda p: jnp.mean((model.apply(p, x) - y) ** 2)  # noqa: E731
