@@ -237,7 +237,7 @@ class Plain(nn.Module):
                 nn.relu(x)
             )
             if self.gamma:
-                h = h * self.param(f"gamma{i}", nn.initializers.zeros, (self.width,))
+                h = h * self.param(f"gamma{i}", nn.initializers.zeros, (self.width,), jnp.float32)
             x = x + (h if self.alpha == 1 else self.alpha * h)
             x = nn.relu(x) if self.after else x
         return nn.Dense(1, name="head")(x)
@@ -288,6 +288,13 @@ def test_a_relu_after_the_sum_is_no_identity():
     found = residual.report(Plain(blocks=3, width=16, gamma=True, after=True), x, key=jax.random.key(1), seeds=2)
     assert found.shortcut_only and not found.identity_trunk
     assert [block.shortcut for block in found.blocks] == ["identity", "transformed", "transformed"]
+
+
+def test_a_shortcut_through_a_cast_is_one():
+    init = lambda key: {"w": jnp.ones((4, 4), jnp.float32), "v": jnp.zeros((4, 4), jnp.float64)}  # noqa: E731
+    apply = lambda p, x: x.astype(jnp.float64) + jnp.tanh(x @ p["w"]).astype(jnp.float64) @ p["v"]  # noqa: E731
+    found = residual.report((init, apply), jnp.ones((2, 4), jnp.float32), key=jax.random.key(0), seeds=1)
+    assert found.identity_trunk and found.silent == ("w",) and found.moving == ("v",)
 
 
 class Projected(nnx.Module):

@@ -115,6 +115,41 @@ def test_convolutions_flattening_and_nnx():
     assert found.layers[0].effective_width == 5 and found.layers[0].flagged
 
 
+def test_models_tell_order_and_gradients():
+    x = jnp.ones((3, 4), jnp.float32)
+    model = Net(jax.nn.initializers.constant(0.2))
+    found = symmetry.report(model, x)
+    assert [layer.name for layer in found.layers] == [f"Dense_{i}/kernel" for i in range(12)] and found.dead == ()
+    assert len(found.flagged) == 10 and found.escape == math.inf
+    # tanh(0) = 0: with zero weights nothing but the output's bias has a gradient
+    zero = symmetry.report(Net(jax.nn.initializers.zeros, jax.nn.initializers.zeros), x)
+    assert len(zero.dead) == 12
+    # sigmoid(0) is not 0: the readout moves, its units in lock step
+    sigmoid = nn.Sequential([nn.Dense(6, kernel_init=jax.nn.initializers.zeros), jax.nn.sigmoid, nn.Dense(1)])
+    assert symmetry.report(sigmoid, x).dead == ()
+    readout = nn.Sequential([nn.Dense(6), jax.nn.sigmoid, nn.Dense(1, kernel_init=jax.nn.initializers.zeros)])
+    assert symmetry.report(readout, x).dead == ("layers_0/kernel",)
+
+
+class Backwards(nnx.Module):
+    """Attributes in another order than the computation's."""
+
+    def __init__(self, rngs):
+        constant = nnx.initializers.constant(0.5)
+        self.a_last = nnx.Linear(8, 2, kernel_init=constant, rngs=rngs)
+        self.z_first = nnx.Linear(3, 8, kernel_init=constant, rngs=rngs)
+
+    def __call__(self, x):
+        return self.a_last(jnp.tanh(self.z_first(x)))
+
+
+def test_nnx_factories_and_instances():
+    x = jnp.ones((2, 3), jnp.float32)
+    for model in (lambda rngs: Backwards(rngs), Backwards(nnx.Rngs(0))):
+        assert symmetry.report(model, x).flagged == ("z_first/kernel",)
+    assert len(symmetry.report(Backwards(nnx.Rngs(0))).layers) == 2  # an instance alone, in the order of its names
+
+
 def test_copies_stay_copies_under_training_and_near_copies_part():
     x = jax.random.normal(jax.random.key(1), (32, 4), jnp.float32)
     y = jnp.sin(x[:, :1]) + x[:, 1:2] * x[:, 2:3]
@@ -137,7 +172,7 @@ def test_copies_stay_copies_under_training_and_near_copies_part():
     exact = near_constant(0.0)
     assert symmetry.report(exact).layers[0].effective_width == 1
     # gradients of equal rows are equal but for the order of summation in float32
-    assert symmetry.report(train(exact, 300), 1e-4).layers[0].effective_width == 1
+    assert symmetry.report(train(exact, 300), tolerance=1e-4).layers[0].effective_width == 1
     near = near_constant(1e-3)
     before, after = (symmetry.report(p).layers[0] for p in (near, train(near, 3000)))
     assert before.effective_width == 16 and after.distance > 5 * before.distance
@@ -152,6 +187,9 @@ def test_copies_stay_copies_under_training_and_near_copies_part():
         (lambda: signal.linear_gain([1.0, 2.0], [3, 4]), "for 1 layers"),
         (lambda: signal.xavier_report([0, 4]), "at least two positive integers"),
         (lambda: symmetry.report({"bias": jnp.ones(3)}), "without a kernel"),
+        (lambda: symmetry.report(nn.Dense(3)), "a model without inputs"),
+        (lambda: symmetry.report({"w": jnp.ones((3, 3))}, tolerance=2.0), "a relative distance"),
+        (lambda: jax.jit(symmetry.report)({"w": jnp.ones((3, 3))}), "concrete arrays"),
         (lambda: symmetry.report({"w": jnp.full((3, 3), jnp.nan)}), "not finite"),
     ],
 )
