@@ -1,12 +1,12 @@
 """What do critical initializers and re-initialization cost, and does tuning make deep networks trainable?
 
-    python benchmarks/initializers.py [init] [reinit] [train] [--json FILE]
+    python benchmarks/initializers.py [init] [reinit] [train] [--json FILE] [--figure FILE]
 
 init: `critical(tanh)` against `he_normal` inside the jitted init of a model of 100 layers (compile and run time apart,
 alternating calls, median ratio). reinit: `ij.reinitialize` on 1e8 parameters against drawing as many normal numbers.
-train: a tanh network and a norm-free ResNet at LeCun init and tuned, trained alike on handwritten digits with
-plain gradient descent; accuracies over the steps (tanh at LeCun is already critical in the limit of small signals:
-tuning makes it faster, not possible). Seeds and sizes are fixed; every row says how far off its result is.
+train: networks of 50 layers, tanh and relu, and a norm-free ResNet, at LeCun init and tuned, trained alike on
+handwritten digits with plain gradient descent at one rate; accuracies and losses over the steps, and a figure with
+--figure FILE. Seeds and sizes are fixed; every row says how far off its result is.
 """
 
 import argparse
@@ -26,7 +26,7 @@ SEED = 0
 LAYERS, WIDTH = 100, 256  # of the model whose init is timed
 MATRICES, SIDE = 25, 2000  # 1e8 parameters
 REPEATS = {"init": 15, "reinit": 5}
-DEPTH, STEPS, BATCH, RATE = 50, 300, 64, 0.001  # of training
+DEPTH, BATCH, EVERY = 50, 64, 25  # of training
 
 
 class MLP(nn.Module):
@@ -131,25 +131,30 @@ def bench_train():
     order = np.random.default_rng(SEED).permutation(len(x))
     x, y = jnp.asarray(x[order], jnp.float32), jnp.asarray(digits.target[order])
     rows = []
-    cases = (("tanh network of 50 layers", MLP(depth=DEPTH, width=128)), ("norm-free ResNet-50-like", ResNet()))
-    for name, model in cases:
+    plain = {name: MLP(depth=DEPTH, width=128, phi=phi) for name, phi in (("tanh", jnp.tanh), ("relu", nn.relu))}
+    cases = (
+        ("tanh network of 50 layers", plain["tanh"], 0.03, 300),
+        ("relu network of 50 layers", plain["relu"], 0.003, 600),
+        ("norm-free ResNet-50-like", ResNet(), 0.05, 150),
+    )
+    for name, model, rate, count in cases:
         start = time.perf_counter()
         tuned = ij.tune(model, x[:32], key=jax.random.key(SEED + 1))
         spent = time.perf_counter() - start
         params = jax.jit(model.init)(jax.random.key(SEED + 2), x[:1])
         starts = {"LeCun": params, "tuned": ij.reinitialize(params, tuned, jax.random.key(SEED))}
         for label, start_params in starts.items():
-            steps, accuracy, losses = train(model, start_params, x, y)
-            row = dict(benchmark="training", case=f"{name}, {label}", side=tuned.side, tune_s=round(spent, 1))
+            steps, accuracy, losses = train(model, start_params, x, y, rate, count)
+            row = dict(benchmark="training", case=name, start=label, rate=rate, side=tuned.side, tune_s=round(spent, 1))
             row |= dict(worst_chi=round(tuned.worst, 4), steps=steps, test_accuracy=accuracy, loss=losses)
             rows.append(row)
             print(f"{name}, {label}: accuracy {accuracy}", flush=True)
     return rows
 
 
-def train(model, params, x, y):
-    """Plain stochastic gradient descent by optax; test accuracy and training loss every 50 steps."""
-    optimizer = optax.sgd(RATE)
+def train(model, params, x, y, rate, count):
+    """Plain stochastic gradient descent by optax; test accuracy and mean training loss every 25 steps."""
+    optimizer = optax.sgd(rate)
     held = 360
 
     def loss(p, batch, labels):
@@ -163,20 +168,40 @@ def train(model, params, x, y):
         return optax.apply_updates(p, updates), state, value
 
     test = jax.jit(lambda p: (model.apply(p, x[:held]).argmax(-1) == y[:held]).mean())
-    state, steps, accuracy, losses = optimizer.init(params), [], [], []
-    for i, key in enumerate(jax.random.split(jax.random.key(SEED + 3), STEPS + 1)):
+    state, steps, accuracy, losses, recent = optimizer.init(params), [0], [round(float(test(params)), 3)], [], []
+    for i, key in enumerate(jax.random.split(jax.random.key(SEED + 3), count), 1):
         params, state, value = step(params, state, key)
-        if i % 50 == 0:
+        recent.append(value)
+        if i % EVERY == 0:
             steps.append(i)
             accuracy.append(round(float(test(params)), 3))
-            losses.append(round(float(value), 3))
+            losses.append(round(float(np.mean(recent)), 3))
+            recent = []
     return steps, accuracy, losses
+
+
+def draw(rows, file):
+    """Accuracy over the steps, one panel for each network."""
+    import matplotlib.pyplot as plt
+
+    cases = list(dict.fromkeys(row["case"] for row in rows if row["benchmark"] == "training"))
+    figure, axes = plt.subplots(1, len(cases), figsize=(3.6 * len(cases), 3), sharey=True, layout="constrained")
+    for axis, case in zip(np.atleast_1d(axes), cases, strict=True):
+        for row in rows:
+            if row.get("case") == case:
+                axis.plot(row["steps"], row["test_accuracy"], label=row["start"])
+        axis.axhline(0.1, color="0.7", linewidth=0.8, linestyle=":")
+        axis.set(title=case, xlabel="steps of gradient descent", ylim=(0, 1))
+    np.atleast_1d(axes)[0].set_ylabel("test accuracy on digits")
+    np.atleast_1d(axes)[0].legend(frameon=False, loc="lower right")
+    figure.savefig(file, dpi=110)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("which", nargs="*", default=["init", "reinit", "train"])
     parser.add_argument("--json", help="write the rows to this file")
+    parser.add_argument("--figure", help="draw the training curves to this file")
     args = parser.parse_args()
     benches = {"init": bench_init, "reinit": bench_reinit, "train": bench_train}
     rows = []
@@ -188,6 +213,8 @@ def main():
         jax=jax.__version__, device=str(jax.devices()[0]), cpu=platform.machine(), dtype="float32", seed=SEED
     )
     print(machine)
+    if args.figure:
+        draw(rows, args.figure)
     if args.json:
         with open(args.json, "w") as file:
             json.dump(dict(machine=machine, rows=rows), file, indent=1)

@@ -113,6 +113,16 @@ def test_exact_side_puts_chi_to_one_and_the_mean_field_agrees():
     assert abs(spread(lambda key: model.init(key, x)["params"]) + lost) < 0.6
 
 
+def test_scales_that_add_up_to_two_to_the_depth_and_unstable_variances():
+    # LeCun's relu chain has chi = 1/2 throughout; all corrections at once would be 2^24
+    tuned = ij.tune(Deep(depth=24, phi=nn.relu), normal(4, 64), key=KEY)
+    np.testing.assert_allclose([row.factor for row in tuned.layers[1:-1]], math.sqrt(2), rtol=1e-9)  # rounding only
+    # with gelu, inputs whose norms differ leave each other at chi = 1, and so do draws
+    x = normal(4, 64) * np.float32([[0.5], [1.0], [1.5], [2.0]])
+    with pytest.warns(ij.UnstableCriticalPointWarning, match=r"differs between inputs by a factor[\s\S]*equal norm"):
+        ij.tune(Deep(depth=16, phi=nn.gelu, width=32), x, key=KEY, draws=4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "x"),

@@ -158,8 +158,11 @@ class KernelFunction:
             kernel = self._compute(walks[0], None if same else walks[1], kind, memory, np.float64, True)
             return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), kernel)
 
-    def walk(self, x) -> Walked:
-        """The model's values on a batch, before any moment is computed; raises UnsupportedLayerError."""
+    def walk(self, x, mean=None) -> Walked:
+        """The model's values on a batch, before any moment is computed; raises UnsupportedLayerError.
+
+        mean : expectation of a body, where the program depends on it (norms).
+        """
         leaves = jax.tree.leaves(x)
         leaves = [leaf if is_traced(leaf) else np.asarray(leaf) for leaf in leaves]
         tree = jax.tree.structure(x)
@@ -176,7 +179,7 @@ class KernelFunction:
                 except Exception as error:  # the model itself cannot be called on these inputs
                     raise cannot_call(self._model, x, {}, error) from error
                 raise
-        return Walk(self._programs[key], Moments(self.weights).expectation).run(leaves)
+        return Walk(self._programs[key], mean or Moments(self.weights).expectation).run(leaves)
 
     def _estimated(self, batches: tuple, get: tuple[str, ...], dtype) -> Kernel:
         assert self._particles is not None and self.refusal is not None

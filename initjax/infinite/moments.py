@@ -142,6 +142,16 @@ class Moments:
             self._due.setdefault(due, []).append(key)
         return found
 
+    @property
+    def remembered(self):
+        """Keys of what has been computed."""
+        return self._memo.keys()
+
+    def forget(self, keys) -> None:
+        """Compute these anew when they are asked for again."""
+        for key in keys:
+            self._memo.pop(key, None)
+
     def _forget(self, key) -> None:
         found = self._memo.pop(key, None)
         if self.counting and found is not None:

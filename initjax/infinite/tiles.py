@@ -176,12 +176,12 @@ class _Parts:
         self.result["layers"] = {}
         kernels = _single_uses(ours[0], self.leaves)
         for name in ours[0].layers:
-            q = _joined([_layer_variance(side, name) for side in ours])
-            q2 = q if theirs is ours else _joined([_layer_variance(side, name) for side in theirs])
+            q = _joined([layer_variance(side, name) for side in ours])
+            q2 = q if theirs is ours else _joined([layer_variance(side, name) for side in theirs])
             self._q[name] = (q, q2)
             slope = gradient = None
             if name in ours[0].tangents:
-                slopes = [_slope(side, name) for side in ours]
+                slopes = [layer_slope(side, name) for side in ours]
                 slope = None if slopes[0] is None else _joined(slopes)
             if name in kernels:
                 found = [_gradient(side, name, self.leaves) for side in ours]
@@ -353,12 +353,13 @@ def _each(value, body, side: "Side"):
     return xp_of(each).moveaxis(each, _example(body.axes) or 0, 0).reshape(side.count, -1).mean(axis=1)
 
 
-def _layer_variance(side: Side, name: str):
+def layer_variance(side: Side, name: str):
+    """(n,): q of a layer, the mean over its positions."""
     u = side.layers[name]
     return _each(side.own.moment(u, u, SAME), u, side)
 
 
-def _slope(side: Side, name: str):
+def layer_slope(side: Side, name: str):
     """E of the squared change of a layer's unit under unit perturbations of the input."""
     u = side.tangents[name]
     value = side.own.tangents(u, u, SAME).get(INPUTS)

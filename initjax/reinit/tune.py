@@ -3,14 +3,16 @@
 import dataclasses
 import math
 import re
+import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from initjax.errors import InputError, QuadratureError, UnsupportedLayerError
+from initjax.errors import InputError, QuadratureError, UnstableCriticalPointWarning, UnsupportedLayerError
 from initjax.infinite.kernels import KernelFunction, kernel_fn
+from initjax.infinite.settle import settle
 from initjax.initializers.orthogonal import scaled_orthogonal
 from initjax.initializers.protocol import choice, count
 from initjax.reinit.info import ParamInfo, Traced, copies_apart, describe
@@ -131,11 +133,15 @@ def tune(
     ------
     InputError : an unknown target, a model without layers, perturbations that do not arrive or are not finite.
 
+    Warns
+    -----
+    UnstableCriticalPointWarning : inputs or draws leave chi = 1 (deep gelu or silu chains without norms and biases).
+
     Accuracy
     --------
-    Plain chains of layers that `kernel_fn` covers: chi to 1e-3 at infinite width ("exact"). All others: measured over
-    `draws` networks; the report's `after` comes from fresh draws, so that it shows the error, about
-    1/sqrt(draws x units) per layer.
+    Plain chains of layers that `kernel_fn` covers: chi to 1e-6 at infinite width ("exact"), to 1e-3 with norms. All
+    others: measured over `draws` networks; the report's `after` comes from fresh draws, so that it shows the error,
+    about 1/sqrt(draws x units) per layer.
 
     Examples
     --------
@@ -190,7 +196,25 @@ def tune(
     rules = Tuned([*_rules(layers, traced, functional, target), Rule(..., keep)])
     rules.layers, rules.target = tuple(layers), target
     rules.side, rules.note = ("exact", "") if exact else ("measured", note)
+    lost = [row for row in layers if row.kind == "layer" and abs(row.chi_after - 1) > 0.1 + 4 * row.chi_error]
+    if len(lost) > 2 and target != "unit_variance":
+        worst = max(lost, key=lambda row: abs(row.chi_after - 1))
+        _warn_of_drift(
+            f"on fresh draws chi is off 1 by more than 0.1 in {len(lost)} layers, {worst.chi_after:.3g} in {worst.name}"
+        )
     return rules
+
+
+def _warn_of_drift(given: str) -> None:
+    warnings.warn(
+        UnstableCriticalPointWarning(
+            f"{given}. Accepted: models whose variance returns after a small change. Why: chi = 1 fixes one scale for "
+            "each layer; where the variance map is unstable there (gelu and silu without biases or norms), inputs and "
+            "draws that differ a little drift apart with depth. Try: a norm, inputs of equal norm (ij.inputs), a "
+            "shorter chain, or ij.shaping for this activation."
+        ),
+        stacklevel=4,
+    )
 
 
 # ------------------------------------------------------------------ the exact side
@@ -208,7 +232,6 @@ def _is_chain(traced: Traced) -> bool:
 def _exact(model, functional, traced: Traced, inputs, target, apply_kwargs, rngs) -> list[TunedLayer]:
     kernel = kernel_fn(model, inputs, apply_kwargs=apply_kwargs, rngs=rngs)
     names = [traced.path(use.leaf) for use in traced.survey.uses if use.kind in CONTRACTIONS]
-    factors = np.ones(len(names))
 
     def read(factors):
         scaled = dict(zip(names, factors, strict=True))
@@ -217,18 +240,31 @@ def _exact(model, functional, traced: Traced, inputs, target, apply_kwargs, rngs
         )
         again = KernelFunction(model, functional, weights, kernel.eta)
         again._programs = {k: dataclasses.replace(p, leaves=weights) for k, p in kernel._programs.items()}
-        layers = {layer.name: layer for layer in again(inputs).layers}
+        layers = {layer.name: layer for layer in again(inputs, get=("ntk", "layers")).layers}
         rows = [layers[name.rpartition("/")[0] or name] for name in names]
         return np.array([np.mean(r.q) for r in rows]), np.array([np.mean(r.chi) for r in rows])
 
-    before = read(factors)
-    now = before
-    for _ in range(4 * len(names)):
-        wrong = now[0] if target == "unit_variance" else now[1]
-        if np.isnan(wrong[:-1]).any() or np.abs(wrong[:-1] - 1).max(initial=0) < 1e-3:
-            break
-        factors[:-1] /= np.sqrt(wrong[:-1])  # exact for each layer alone; the layers in front are settled first
-        now = read(factors)
+    def choose(i: int, q: float, chi: float) -> float:
+        wrong = q if target == "unit_variance" else chi
+        return 1.0 if i == len(names) - 1 or not (wrong > 0 and math.isfinite(wrong)) else 1 / math.sqrt(wrong)
+
+    settled = settle(kernel, inputs, names, choose)
+    if settled is not None:
+        factors, *now = settled
+        _, *before = settle(kernel, inputs, names, lambda *_: 1.0) or settled
+        apart = max((float(np.max(chi) / np.min(chi)) for chi in now[1][:-1] if np.all(chi > 0)), default=1.0)
+        if apart > 1.5 and target != "unit_variance":
+            _warn_of_drift(f"chi is 1 in the mean over inputs, and differs between inputs by a factor {apart:.3g}")
+        before, now = (tuple(np.array([np.mean(of) for of in each]) for each in pair) for pair in (before, now))
+    else:  # norms: their scales follow from all factors, and keep them from adding up
+        factors = np.ones(len(names))
+        before = now = read(factors)
+        for _ in range(4 * len(names)):
+            wrong = now[0] if target == "unit_variance" else now[1]
+            if np.isnan(wrong[:-1]).any() or np.abs(wrong[:-1] - 1).max(initial=0) < 1e-3:
+                break
+            factors[:-1] /= np.sqrt(wrong[:-1])  # exact for each layer alone; the layers in front are settled first
+            now = read(factors)
     if np.isnan(now[1][:-1]).any():
         raise UnsupportedLayerError("perturbations that do not arrive", "", "", "")
     kinds = ["layer"] * (len(names) - 1) + ["readout"]
