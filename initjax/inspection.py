@@ -15,6 +15,7 @@ import numpy as np
 
 from initjax.errors import InputError
 from initjax.inspection_blocks import BlockReport, repeated_blocks
+from initjax.inspection_width import with_widths
 
 SIGNALS = 64  # inputs on which layers are predicted and measured; kernels take all
 NTK_DRAWS = 4  # networks whose tangent kernels are measured, if as many are measured at all
@@ -44,6 +45,11 @@ class LayerReport:
     correlation, correlation_measured : of the pre-activations of two different inputs.
     chi : predicted factor by which a small perturbation's square grows from the layer before.
     gradient, gradient_measured : squared norm of the gradient of one output with respect to this layer's units.
+    q_std : standard deviation over networks, at the model's own widths, of one input's second moment given the layers
+        before (its kernel's diagonal entry): to first order in 1/width, exact for homogeneous activations without
+        biases. None where the layer is not at the end of a chain of dense layers with i.i.d. weights.
+    units, width_share : number of this layer's units that the next one sums over, and the part they have in the
+        variance of q in the last layer that has a `q_std`: the bottleneck has the largest.
     """
 
     name: str
@@ -54,6 +60,9 @@ class LayerReport:
     chi: float | None = None
     gradient: float | None = None
     gradient_measured: Estimate | None = None
+    q_std: float | None = None
+    units: int | None = None
+    width_share: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +110,12 @@ class Inspection:
         from initjax.report import summary
 
         return summary(self)
+
+    @property
+    def bottleneck(self) -> LayerReport | None:
+        """The layer whose number of units adds most to the spread of the last layer's q; None if that is unknown."""
+        known = [layer for layer in self.layers if layer.width_share is not None]
+        return max(known, key=lambda layer: layer.width_share or 0.0, default=None)
 
     def to_dict(self) -> dict:
         """The report as dicts, lists, numbers, strings and None; infinities and nan stay floats."""
@@ -174,7 +189,7 @@ def inspect(
 
     Accuracy
     --------
-    Predictions as `kernel_fn`; they hold at infinite width, and depth / width measures how far a network is from it.
+    Predictions as `kernel_fn`; they hold at infinite width, and `q_std` says how far one network strays from it.
     Measurements have their standard error beside them.
 
     Examples
@@ -216,10 +231,10 @@ def inspect(
     def theory():
         kernel = kernel_fn(model, inputs, **chosen, **options)
         found = kernel(few, get=("ntk", "layers"))
-        return found, found.ntk if n <= SIGNALS else kernel(inputs, get="ntk").ntk
+        return kernel, found, found.ntk if n <= SIGNALS else kernel(inputs, get="ntk").ntk
 
     told, refusal = _try(theory, "")
-    predicted, ntk = told or (None, None)
+    function, predicted, ntk = told or (None, None, None)
     signal_key, kernel_key = jax.random.split(key)
     measured, found = None, []
     if depth_report:
@@ -234,6 +249,11 @@ def inspect(
         notes += [missing] if missing else []
     fans, _ = _try(lambda: audit_fans(model, inputs, **options), "")
     layers = _join(predicted, measured, min(n, SIGNALS))
+    if predicted is not None and predicted.exact:
+        known = layers
+        joined, missing = _try(lambda: with_widths(known, function, predicted, few), "no spread of q: ")
+        notes += [str(missing)] if joined is None else joined[1]
+        layers = known if joined is None else joined[0]
     gradient = _ratio([layer.gradient for layer in layers])
     ratios = None
     if measured is not None:

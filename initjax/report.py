@@ -53,6 +53,8 @@ def table(report: "Inspection") -> Any:
     for title, predicted, measured in whole_model(report):
         whole.add_row(title, _number(predicted), measured)
     parts: list[Any] = [layers, whole]
+    if any(layer.q_std is not None for layer in report.layers):
+        parts.append(_widths(report))
     if report.blocks:
         blocks = Table(title="Repeated blocks", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for heading in ("block", "count", "chi", "measured", "phase"):
@@ -90,6 +92,26 @@ def whole_model(report: "Inspection") -> tuple:
     )
 
 
+def _widths(report: "Inspection") -> Any:
+    """One standard deviation of q over networks, and the share of each layer's width in that of the last."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    widths = Table(title="Spread over networks at these widths", title_justify="left", box=box.SIMPLE_HEAD)
+    widths.add_column("layer", overflow="fold")
+    for heading in ("std of q", "relative", "units", "share in the last"):
+        widths.add_column(heading, justify="right")
+    for layer in _shortened(report.layers):
+        if layer is None:
+            widths.add_row("...", *[""] * 4)
+        elif layer.q_std is not None:
+            share = "-" if layer.width_share is None else f"{100 * layer.width_share:.0f} %"
+            relative = f"{100 * layer.q_std / layer.q:.1f} %"
+            widths.add_row(Text(layer.name), _number(layer.q_std), relative, str(layer.units or "-"), share)
+    return widths
+
+
 def draw(report: "Inspection") -> Any:
     """A matplotlib figure with q, correlation and gradient over the layers."""
     figure = blank_figure(13, 4)
@@ -104,6 +126,16 @@ def draw(report: "Inspection") -> Any:
         theory = [(x, y) for x, y in theory if y is not None]
         found = [(x, getattr(layer, f"{name}_measured")) for x, layer in zip(number, report.layers, strict=True)]
         found = [(x, y.mean, y.standard_error) for x, y in found if y is not None]
+        spread = [
+            (x, layer.q, layer.q_std) for x, layer in zip(number, report.layers, strict=True) if layer.q_std is not None
+        ]
+        if name == "q" and spread:
+            x, q, std = zip(*spread, strict=True)
+            bounds = [
+                [v / (1 + s / v) for v, s in zip(q, std, strict=True)],
+                [v + s for v, s in zip(q, std, strict=True)],
+            ]
+            axes.fill_between(x, *bounds, color=THEORY, alpha=0.2, linewidth=0, label="one network at this width")
         if theory:
             axes.plot(*zip(*theory, strict=True), color=THEORY, label="predicted, infinite width")
         if found:

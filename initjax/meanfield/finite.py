@@ -28,7 +28,7 @@ from initjax.meanfield.trajectory import propagate
 from initjax.trace.jaxpr import float64
 
 _FAR = 5.0  # standard deviations of S within which the variance map must lead back: the upper tail is heavy
-_LARGE = 0.25  # relative variance of S beyond which second order is no small correction
+LARGE = 0.25  # relative variance of S beyond which second order is no small correction
 
 
 @result
@@ -124,7 +124,7 @@ def finite_width(phi, sigma_w, sigma_b=0.0, widths=(), q0=1.0) -> FiniteWidth:
         log_mean, log_variance = g / k - relative / 2, relative
     reliable = np.ones(k.shape, bool)
     if not exact:
-        reliable = (v <= _LARGE * k**2) & ~_reaches_unstable(act, w, b, k, np.sqrt(v))
+        reliable = (v <= LARGE * k**2) & ~reaches_unstable(act, w, b, k, np.sqrt(v))
     if not np.all(reliable):
         _warn(act, w, b, k, v, reliable)
     mean = k + g
@@ -159,7 +159,22 @@ def _derivatives(act, sigma_w: float, k: np.ndarray) -> tuple[np.ndarray, np.nda
     return sigma_w**2 * t.m * t.r / k, sigma_w**2 * t.m * (t.r * t.r - t.r + t.dr) / k**2
 
 
-def _reaches_unstable(act, w, b, k, deviation) -> np.ndarray:
+def step(act, sigma_w: float, k: float, v: float, n: int, exact: bool) -> tuple[float, float, float]:
+    """Var S behind n units whose own S has mean k and variance v; the part of it that is new; the factor of the rest.
+
+    `exact` : act is positively homogeneous and there are no biases, so that the product of factors is exact.
+    """
+    second, fourth = (float(m) for m in host_rule(act, lambda u, f, slope: [f * f, f**4], np.array(k), 2))
+    noise = sigma_w**4 * (fourth - second**2) / n
+    if exact:
+        factor = (sigma_w**2 * second / k) ** 2
+        return noise * (1 + v / k**2) + factor * v, noise * (1 + v / k**2), factor
+    factor = float(_derivatives(act, sigma_w, np.array([k]))[0][0]) ** 2
+    return noise + factor * v, noise, factor
+
+
+def reaches_unstable(act, w, b, k, deviation) -> np.ndarray:
+    """Whether an unstable fixed point of the variance map lies within five standard deviations of S, at each k."""
     roots = variance_roots(act, w, b)
     q, slope = np.atleast_1d(np.asarray(roots.q)), np.atleast_1d(np.asarray(roots.chi_q))
     repelling = q[(slope > 1) & (q > 0)]
