@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from initjax.errors import UnreliableExpansionWarning as UnreliableExpansionWarning
     from initjax.errors import UnstableCriticalPointWarning as UnstableCriticalPointWarning
     from initjax.errors import UnsupportedLayerError as UnsupportedLayerError
+    from initjax.forecast import Claim as Claim
+    from initjax.forecast import Trainability as Trainability
+    from initjax.forecast import trainability as trainability
     from initjax.gaussian import Activation as Activation
     from initjax.gaussian import gain as gain
     from initjax.infinite import Kernel as Kernel
@@ -104,6 +107,9 @@ _HOME = {
     "UnreliableExpansionWarning": "errors",
     "UnstableCriticalPointWarning": "errors",
     "UnsupportedLayerError": "errors",
+    "Claim": "forecast",
+    "Trainability": "forecast",
+    "trainability": "forecast",
     "Activation": "gaussian",
     "gain": "gaussian",
     "Kernel": "infinite",

@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from initjax.commands import app, critical, demo, inspect, ntk, phase
+from initjax.commands import app, critical, demo, inspect, ntk, phase, trainability
 from initjax.errors import InputError
 
 
@@ -85,6 +85,7 @@ def main() -> None:
     initjax critical tanh --sigma-b 0.05     the weight scale on the edge of chaos
     initjax phase gelu --out figures         the map of ordered and chaotic initializations
     initjax inspect my.module:model          one report on a Flax model as you wrote it
+    initjax trainability my.module:model     will it train: depth, learning rate, time, each with its confidence
     initjax ntk my.module:model              its tangent kernel, the spectrum, stable learning rates
     initjax app                              one use of networks each: symmetry, signals, heads, ...
 
@@ -98,3 +99,4 @@ main.add_command(demo.command)
 main.add_command(inspect.command)
 main.add_command(ntk.command)
 main.add_command(phase.command)
+main.add_command(trainability.command)

@@ -244,7 +244,7 @@ def inspect(
     if kernels:
         draws = min(seeds, NTK_DRAWS)
         found, missing = _try(
-            lambda: _measured_kernels(functional, inputs, kernel_key, draws), "tangent kernels are not measured: "
+            lambda: measured_kernels(functional, inputs, kernel_key, draws), "tangent kernels are not measured: "
         )
         notes += [missing] if missing else []
     fans, _ = _try(lambda: audit_fans(model, inputs, **options), "")
@@ -290,7 +290,7 @@ def _try(compute: Any, what: str) -> tuple[Any, str | None]:
         return None, f"{what}{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
-def _measured_kernels(functional: Any, inputs: Any, key: Any, draws: int) -> list[np.ndarray]:
+def measured_kernels(functional: Any, inputs: Any, key: Any, draws: int) -> list[np.ndarray]:
     """Tangent kernels of random networks in float64: in float32 a condition number above 1e6 drowns in rounding."""
     from initjax.empirical import empirical_ntk
     from initjax.trace.jaxpr import float64

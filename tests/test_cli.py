@@ -45,6 +45,7 @@ def answer(*arguments):
         ["inspect", "-h"],
         ["demo", "-h"],
         ["ntk", "-h"],
+        ["trainability", "-h"],
         ["app", "-h"],
     ],
 )
@@ -222,6 +223,14 @@ def test_inspect_json_joins_predicted_and_measured(user_module):
     data = answer("inspect", "my_networks:model", "--data", "digits", "--examples", "6", "--out", "report")
     assert [layer["name"] for layer in data["layers"]] == ["Dense_0", "Dense_1"]
     assert {path.rsplit("/")[-1] for path in data["files"]} >= {"inspect.json", "inspect.png"}
+
+
+def test_trainability_json_has_every_claim_with_its_confidence(user_module):
+    data = answer("trainability", "my_networks:model", "--examples", "4", "--learning-rate", "1e-3")
+    assert data["depth"] == 2 and data["learning_rate"] == 1e-3 and data["stable"]
+    for name in ("max_depth", "max_learning_rate", "slowest_mode"):
+        assert data[name]["assumption"] and data[name]["confidence"] and float(data[name]["value"]) > 0
+    assert "positive" in refused("trainability", "my_networks:model", "--learning-rate", "-1", "--examples", "4")
 
 
 def test_ntk_json_matches_the_library(user_module):
