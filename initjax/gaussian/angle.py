@@ -1,9 +1,11 @@
 """The angle of two Gaussians, arctan2(s, c) with s = sin >= 0 and c = cos, in arithmetic that XLA can vectorise.
 
 XLA calls the C library's atan2 entry by entry. This is arcsin by a rational function on |x| < 1/2, and by the half
-angle outside, where (1 - |c|) / 2 = s^2 / (2 (1 + |c|)) keeps the digits that 1 - |c| loses. Coefficients: the fit of
-Sun's fdlibm (e_asin.c, 1993), 1 ulp.
+angle outside, where (1 - |c|) / 2 = s^2 / (2 (1 + |c|)) keeps the digits that a rounded c has lost. Coefficients: the
+fit of Sun's fdlibm (e_asin.c, 1993), 1 ulp.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +22,12 @@ _Q = (
 )
 
 
-def angle(xp, s, c):
-    """arctan2(s, c), s >= 0, s^2 + c^2 = 1; with xp = numpy by its own arctan2."""
-    return np.arctan2(s, c) if xp is np else _angle(s, c) if xp is jnp else xp.arctan2(s, c)
+def angle(xp, s, c, rounded: bool = False):
+    """arctan2(s, c), s >= 0, s^2 + c^2 = 1; with xp = numpy by its own arctan2.
+
+    rounded : c carries rounding that s does not, so that 1 - |c| is to be had from s.
+    """
+    return np.arctan2(s, c) if xp is np else _angle(rounded, s, c) if xp is jnp else xp.arctan2(s, c)
 
 
 def _horner(coefficients, x):
@@ -32,11 +37,11 @@ def _horner(coefficients, x):
     return total
 
 
-@jax.custom_jvp
-def _angle(s, c):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _angle(rounded, s, c):
     size = jnp.abs(c)
     near = size < 0.5
-    z = jnp.where(near, c * c, s * s / (2 * (1 + size)))
+    z = jnp.where(near, c * c, s * s / (2 * (1 + size)) if rounded else (1 - size) * 0.5)
     t = jnp.where(near, c, jnp.sqrt(z))
     arcsin = t + t * (z * _horner(_P, z) / _horner(_Q, z))
     half_pi = np.pi / 2
@@ -44,6 +49,6 @@ def _angle(s, c):
 
 
 @_angle.defjvp
-def _angle_jvp(primals, tangents):
+def _angle_jvp(rounded, primals, tangents):
     (s, c), (ds, dc) = primals, tangents
-    return _angle(s, c), (c * ds - s * dc) / (s * s + c * c)
+    return _angle(rounded, s, c), (c * ds - s * dc) / (s * s + c * c)

@@ -217,12 +217,12 @@ def _theta(xp, c, s):
     return angle(xp, s, c)
 
 
-def _latitude(xp, y, x):
-    """arctan2(y, x) for x > 0."""
+def _latitude(xp, cross, rest, x, y):
+    """arctan2(cross, rest), where cross^2 + rest^2 = (1 + x)(1 + y) and rest > 0."""
     if xp is np:
-        return np.arctan2(y, x)
-    norm = xp.sqrt(x * x + y * y)
-    return PI / 2 - angle(xp, x / norm, y / norm)
+        return np.arctan2(cross, rest)
+    inverse = 1 / xp.sqrt(1 + x) * (1 / xp.sqrt(1 + y))  # of rows and columns, before it is of pairs
+    return PI / 2 - angle(xp, rest * inverse, cross * inverse, rounded=True)
 
 
 def _ramp(xp, p, r, q1, q2, c, s):
@@ -285,24 +285,27 @@ def _erf_dual(xp, p, r, q1, q2, c, s):
     x, y = 2 * p[0] ** 2 * q1, 2 * r[0] ** 2 * q2
     cross = 2 * p[0] * r[0] * c * xp.sqrt(q1) * xp.sqrt(q2)
     rest = xp.sqrt(1 + x + y + x * y * (1 - c) * (1 + c))
-    return p[1] * r[1] * (2 / PI) * _latitude(xp, cross, rest) + p[2] * r[2] + 0 * rest
+    return p[1] * r[1] * (2 / PI) * _latitude(xp, cross, rest, x, y) + p[2] * r[2] + 0 * rest
+
+
+def _gelu_parts(xp, p, r, q1, q2, c, s):
+    """x, y, k of w u, r v; P(both > 0); and 1 / (2 pi sqrt(delta)), which both duals share."""
+    x, y = p[0] ** 2 * q1, r[0] ** 2 * q2
+    k = p[0] * r[0] * c * (xp.sqrt(q1) * xp.sqrt(q2))
+    root = xp.sqrt(1 + x + y + x * y * ((1 - c) * (1 + c)))
+    return x, y, k, 0.25 + _latitude(xp, k, root, x, y) / (2 * PI), 1 / (2 * PI * root)
 
 
 def _gelu_dual(xp, p, r, q1, q2, c, s):
-    x, y = p[0] ** 2 * q1, r[0] ** 2 * q2
-    k = p[0] * r[0] * c * xp.sqrt(q1) * xp.sqrt(q2)
-    delta = 1 + x + y + x * y * (1 - c) * (1 + c)
-    quarter = 0.25 + _latitude(xp, k, xp.sqrt(delta)) / (2 * PI)
-    bracket = x * y * (1 - c) * (1 + c) + k * k * (1 / (1 + x) + 1 / (1 + y))
-    return p[1] * r[1] * (k * quarter + bracket / (2 * PI * xp.sqrt(delta)))
+    x, y, k, quarter, inverse = _gelu_parts(xp, p, r, q1, q2, c, s)
+    bracket = x * y * ((1 - c) * (1 + c)) + k * k * (1 / (1 + x) + 1 / (1 + y))
+    return p[1] * r[1] * (k * quarter + bracket * inverse)
 
 
 def _gelu_prime_dual(xp, p, r, q1, q2, c, s):
-    x, y = p[0] ** 2 * q1, r[0] ** 2 * q2
-    k = p[0] * r[0] * c * xp.sqrt(q1) * xp.sqrt(q2)
-    delta = 1 + x + y + x * y * (1 - c) * (1 + c)
-    quarter = 0.25 + _latitude(xp, k, xp.sqrt(delta)) / (2 * PI)
-    return p[1] * r[1] * (quarter + k / (2 * PI * xp.sqrt(delta)) * (1 / (1 + x) + 1 / (1 + y) + 1 / delta))
+    x, y, k, quarter, inverse = _gelu_parts(xp, p, r, q1, q2, c, s)
+    curved = 1 / (1 + x) + 1 / (1 + y) + (2 * PI) ** 2 * (inverse * inverse)
+    return p[1] * r[1] * (quarter + k * inverse * curved)
 
 
 FORMS = {

@@ -21,7 +21,7 @@ from initjax.trace.jaxpr import float64
 
 _SMALL = 4096  # entries up to which NumPy is faster than a compiled pass
 _NEAR, _RARE = 0.97, 0.02  # above this |c| are so few entries of a tile that they are summed on their own
-_CUT = 1e-15  # of what may be left out of a sum, relative to sqrt(E[f^2] E[g^2])
+CUT = 1e-15  # of what may be left out of a sum, relative to sqrt(E[f^2] E[g^2])
 _PAD = 128  # sides are padded to multiples, so that few shapes are compiled
 
 
@@ -33,7 +33,7 @@ def duals(pairs: list[tuple[Any, Any]], q1: np.ndarray, q2: np.ndarray, k: np.nd
     InputError, QuadratureError : as `cross`, which is also the accuracy.
     """
     acts = [(as_activation(f), as_activation(g)) for f, g in pairs]
-    forms = [_closed_form(f, g) for f, g in acts]
+    forms = [closed_form(f, g) for f, g in acts]
     if not (np.all(q1 > 0) and np.all(q2 > 0)):
         return [np.asarray(cross(f, g, q1, q2, k)) for f, g in acts]
     out: list[Any] = [None] * len(pairs)
@@ -41,7 +41,8 @@ def duals(pairs: list[tuple[Any, Any]], q1: np.ndarray, q2: np.ndarray, k: np.nd
     if closed and k.size > _SMALL:
         families = tuple(form[0] for form in closed.values())
         with float64():  # holds for one thread only
-            values, largest = _fused(families, [form[1:] for form in closed.values()], q1, q2, k)
+            parameters = [tuple(map(np.asarray, form[1:])) for form in closed.values()]
+            values, largest = _fused(families, parameters, q1, q2, k)
         if float(largest) <= 1 + 1e-9:
             for i, value in zip(closed, values, strict=True):
                 out[i] = np.asarray(value)
@@ -62,11 +63,12 @@ def duals(pairs: list[tuple[Any, Any]], q1: np.ndarray, q2: np.ndarray, k: np.nd
     return out
 
 
-def _closed_form(f: Activation, g: Activation):
+def closed_form(f: Activation, g: Activation):
+    """The family of both functions and their parameters, or None."""
     p, r = recognise(f), recognise(g)
     if p is None or r is None or p.family != r.family:
         return None
-    return p.family, np.asarray(p.parameters), np.asarray(r.parameters)
+    return p.family, p.parameters, r.parameters
 
 
 @functools.partial(jax.jit, static_argnames=("families",))
@@ -105,19 +107,19 @@ def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def _by_series(f: Activation, g: Activation, q1, q2, c) -> np.ndarray | None:
     ends = [np.log2([q.min(), q.max()]) for q in (q1, q2)]
     low, high = (int(np.floor(min(e[0] for e in ends))), int(np.ceil(max(e[1] for e in ends))))
-    left, right = _table(f, low, high), _table(g, low, high)
+    left, right = table_of(f, low, high), table_of(g, low, high)
     if left is None or right is None:
         return None
     terms = max(left.shape[1], right.shape[1])
     if left.shape[1] < terms:
-        left = _table(f, low, high, terms)
+        left = table_of(f, low, high, terms)
     if right.shape[1] < terms:
-        right = _table(g, low, high, terms)
+        right = table_of(g, low, high, terms)
     if left is None or right is None:
         return None
     a, b = _rows(left, q1, low, high), _rows(right, q2, low, high)
     weight = np.abs(a).reshape(len(a), -1).max(axis=1) * np.abs(b).reshape(len(b), -1).max(axis=1)
-    allowed = _CUT * float(np.sqrt((a * a).sum(axis=0).min() * (b * b).sum(axis=0).min()))
+    allowed = CUT * float(np.sqrt((a * a).sum(axis=0).min() * (b * b).sum(axis=0).min()))
     size = np.abs(c)
     near = size > _NEAR
     if np.count_nonzero(near) > _RARE * c.size:
@@ -150,7 +152,7 @@ def _summed(a, b, c, weight, largest: float, allowed: float) -> np.ndarray:
     return np.zeros_like(c) if out is None else out
 
 
-def _table(act: Activation, low: int, high: int, at_least: int = 0) -> np.ndarray | None:
+def table_of(act: Activation, low: float, high: float, at_least: int = 0) -> np.ndarray | None:
     """Hermite coefficients (nodes, K) at Chebyshev nodes of log2 q between low and high; None where not resolved.
 
     a_k is smooth in log q: the nodes are doubled until the values between them are right to 13 digits.
@@ -162,7 +164,7 @@ def _table(act: Activation, low: int, high: int, at_least: int = 0) -> np.ndarra
     return cache[key]
 
 
-def _tabulated(act: Activation, low: int, high: int, at_least: int) -> np.ndarray | None:
+def _tabulated(act: Activation, low: float, high: float, at_least: int) -> np.ndarray | None:
     ends = [series(act, 2.0**v) for v in (low, high)]
     if not all(r.resolved for r in ends):
         return None

@@ -1,20 +1,26 @@
 """The array work of the moment recursion, the same for NumPy (concrete, float64) and for JAX tracers."""
 
+import functools
 import math
+import operator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from initjax import gaussian
+from initjax.gaussian import tabulated
 from initjax.gaussian.tile import duals, product
 from initjax.infinite.modes import PAIRS, Mode, left, right, shape_of
 from initjax.trace.domain import Base, Sum, Windows
 from initjax.trace.expr import VARIABLE, Expr, apply
 from initjax.trace.jaxpr import is_traced
-from initjax.trace.maps import Axes, extents, xp_of
+from initjax.trace.maps import Axes, Window, extents, xp_of
 
 Array = Any
+_FEW_TERMS = 64
+MANY = 64  # variances from which a table of Hermite coefficients is cheaper than a quadrature for each
 
 
 class Total:
@@ -99,7 +105,7 @@ def contract_constants(a: tuple[Base, ...], b: tuple[Base, ...], mode: Mode):
         return _product(x, y.T).reshape(shape_of(mode, axes_x, axes_y))
     along = [i for i in range(len(axes_x)) if i not in apart]
     if not any(x.shape[i] > 1 for i in apart) and not any(y.shape[i] > 1 for i in apart):
-        return (x * y).sum(axis=-1).reshape(shape_of(mode, axes_x, axes_y))
+        return _sum_last(x * y).reshape(shape_of(mode, axes_x, axes_y))
     sizes = [tuple(array.shape[i] for i in apart) for array in (x, y)]
     common = tuple(x.shape[i] for i in along)
     stacks = [
@@ -110,6 +116,13 @@ def contract_constants(a: tuple[Base, ...], b: tuple[Base, ...], mode: Mode):
     count = len(axes_x)
     back = [int(i) for i in np.argsort([*along, *apart])]
     return out.transpose(*back, *range(count, out.ndim)).reshape(shape_of(mode, axes_x, axes_y))
+
+
+def _sum_last(a):
+    """Sum over the last axis; of tracers term by term, where XLA's reductions cost more than they add up."""
+    if not is_traced(a) or a.shape[-1] > _FEW_TERMS:
+        return a.sum(axis=-1)
+    return functools.reduce(operator.add, [a[..., i] for i in range(a.shape[-1])])
 
 
 def _product(a, b):
@@ -133,23 +146,60 @@ def convolved(value, windows: Windows, x: Axes, y: Axes, mode: Mode):
     """Sum over the taps of a convolution of M[x, y], both sides shifted alike: one axis after the other."""
     for axis, steps in windows:
         sides = [axis] + ([len(x) + axis] if mode.apart(y[axis]) else [])
-        out: Any = None
-        for step in steps:
-            into, out_of = [slice(None)] * value.ndim, [slice(None)] * value.ndim
-            for side in sides:
-                into[side] = slice(step.first, step.first + step.count * step.step, step.step)
-                out_of[side] = slice(step.start, step.start + step.count * step.stride, step.stride)
-            if out is None:
-                shape = list(value.shape)
-                for side in sides:
-                    shape[side] = step.size
-                out = xp_of(value).zeros(tuple(shape), value.dtype)
-            if is_traced(value):
-                out = out.at[tuple(into)].add(value[tuple(out_of)])
-            else:
-                out[tuple(into)] += value[tuple(out_of)]
-        value = out
+        if is_traced(value):
+            value = tabulated.apart(functools.partial(_padded_sum, sides=sides, steps=steps), value)
+        else:
+            value = _shifted_sum(value, sides, steps)
     return value
+
+
+def _shifted_sum(value: np.ndarray, sides: list[int], steps: tuple[Window, ...]) -> np.ndarray:
+    shape = [steps[0].size if i in sides else n for i, n in enumerate(value.shape)]
+    out = np.zeros(shape, value.dtype)
+    for step in steps:
+        into, out_of = [slice(None)] * value.ndim, [slice(None)] * value.ndim
+        for side in sides:
+            into[side] = slice(step.first, step.first + step.count * step.step, step.step)
+            out_of[side] = slice(step.start, step.start + step.count * step.stride, step.stride)
+        out[tuple(into)] += value[tuple(out_of)]
+    return out
+
+
+def _padded_sum(value, sides: list[int], steps: tuple[Window, ...]):
+    """The same for tracers: one padded copy, of which the taps are slices."""
+    low = max(max(step.first * step.stride - step.start * step.step, 0) for step in steps)
+    if any(step.step > 1 for step in steps):  # a transposed convolution, whose taps have gaps
+        return _scattered_sum(value, sides, steps)
+    ends = [step.start + (step.size - 1 - step.first) * step.stride + 1 for step in steps]
+    high = max(0, *(end - value.shape[sides[0]] for end in ends))
+    padded = value
+    if low or high:
+        edges = [(low, high, 0) if i in sides else (0, 0, 0) for i in range(value.ndim)]
+        padded = jax.lax.pad(value, jnp.zeros((), value.dtype), edges)
+    out: Any = None
+    for step in steps:
+        part = padded
+        for side in sides:
+            start = low + step.start - step.first * step.stride
+            stop = start + (step.size - 1) * step.stride + 1
+            part = jax.lax.slice_in_dim(part, start, stop, step.stride, side)
+        out = part if out is None else out + part
+    return out
+
+
+def _scattered_sum(value, sides: list[int], steps: tuple[Window, ...]):
+    out: Any = None
+    for step in steps:
+        part = value
+        gaps = [(0, 0, 0)] * value.ndim
+        for side in sides:
+            stop = step.start + (step.count - 1) * step.stride + 1
+            part = jax.lax.slice_in_dim(part, step.start, stop, step.stride, side)
+            end = step.first + (step.count - 1) * step.step + 1
+            gaps[side] = (step.first, step.size - end, step.step - 1)
+        part = jax.lax.pad(part, jnp.zeros((), value.dtype), gaps)
+        out = part if out is None else out + part
+    return out
 
 
 def same_entry(a: Base, b: Base, mode: Mode):
@@ -171,7 +221,9 @@ def expect(f: Expr, q) -> Any:
         return None
     if f.op == "literal":
         return np.full(np.shape(q), float(f.value))
-    return gaussian.expect(f.fn, q) if is_traced(q) else np.asarray(gaussian.expect(f.fn, q))
+    if is_traced(q):
+        return (tabulated.mean if tabulated.served() else gaussian.expect)(f.fn, q)
+    return np.asarray(gaussian.expect(f.fn, q))
 
 
 def cross(f: Expr, g: Expr, q1, q2, k):
@@ -181,10 +233,10 @@ def cross(f: Expr, g: Expr, q1, q2, k):
         return None if mean_f is None or mean_g is None else mean_f * mean_g
     if f is VARIABLE and g is VARIABLE:
         return k
-    if f is VARIABLE:
-        return _stein(g, q2, k)
-    if g is VARIABLE:
-        return _stein(f, q1, k)
+    if VARIABLE in (f, g):
+        return _stein(g, q2, k) if f is VARIABLE else _stein(f, q1, k)
+    if is_traced(q1, q2, k) and tabulated.served():
+        return tabulated.duals([(f.fn, g.fn)], q1, q2, k)[0]
     if not is_traced(q1, q2, k):  # the derivative of a clip at its bound is no derivative of the kernel
         bound = np.sqrt(q1) * np.sqrt(q2)
         k = np.clip(k, -bound, bound)
@@ -192,17 +244,27 @@ def cross(f: Expr, g: Expr, q1, q2, k):
     return value if is_traced(value) else np.asarray(value)
 
 
+def same(f: Expr, g: Expr, q):
+    """E[f(u) g(u)] for Var u = q."""
+    if is_traced(q) and VARIABLE not in (f, g) and tabulated.served():
+        return tabulated.moment(f.fn, g.fn, q)
+    return crosses([(f, g)], q, q, q)[0] if q.size >= MANY and not is_traced(q) else cross(f, g, q, q, q)
+
+
 def crosses(pairs: list[tuple[Expr, Expr]], q1, q2, k) -> list:
     """`cross` for several pairs of functions of the same Gaussians; what they have in common is computed once."""
-    if k is None or is_traced(q1, q2, k) or any(VARIABLE in pair for pair in pairs):
+    if k is None or any(VARIABLE in pair for pair in pairs):
         return [cross(f, g, q1, q2, k) for f, g in pairs]
-    return duals([(f.fn, g.fn) for f, g in pairs], q1, q2, k)
+    functions = [(f.fn, g.fn) for f, g in pairs]
+    if not is_traced(q1, q2, k):
+        return duals(functions, q1, q2, k)
+    if tabulated.served():
+        return tabulated.duals(functions, q1, q2, k)
+    return [cross(f, g, q1, q2, k) for f, g in pairs]
 
 
 def _stein(g: Expr, q, k):
     """E[u g(v)] = Cov(u, v) E[v g(v)] / Var v."""
-    import jax
-
     moment = expect(apply(jax.lax.mul_p, {}, [VARIABLE, g]), q)
     xp = xp_of(moment, q, k)
     return k * xp.where(q > 0, moment / xp.where(q > 0, q, xp.ones_like(q)), xp.zeros_like(q))

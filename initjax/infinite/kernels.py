@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from initjax.errors import InputError, UnsupportedLayerError
+from initjax.infinite.compiled import Route
 from initjax.infinite.moments import Moments
 from initjax.infinite.particles import PARTICLES, Particles, StandardError, standard_error
 from initjax.infinite.tiles import evaluate, ratio
@@ -113,6 +114,7 @@ class KernelFunction:
         self._particles: Particles | None = None
         self._programs: dict[tuple, Program] = {}
         self._sizes: dict[tuple, dict] = {}  # bytes of one pair of examples, by what is computed
+        self._routes: dict[tuple, Route] = {}
 
     def __repr__(self) -> str:
         how = "exact" if self._particles is None else "estimated"
@@ -122,7 +124,7 @@ class KernelFunction:
         """Take estimates instead of exact rules from now on, because of `refusal`."""
         self._particles, self.refusal = particles, refusal
 
-    def __call__(self, x1, x2=None, *, get=PARTS, memory=None, dtype=None) -> Kernel:
+    def __call__(self, x1, x2=None, *, get=PARTS, memory=None, dtype=None, compiled=None) -> Kernel:
         """Kernels between two batches.
 
         Parameters
@@ -131,6 +133,10 @@ class KernelFunction:
         get : which of "nngp", "ntk", "leaves", "layers" to compute; what is left out is None or empty.
         memory : budget for results and work, in bytes or as "2GiB"; None: half of what is free.
         dtype : of the matrices in the result, float64 or float32; the work is done in float64.
+        compiled : whether tiles of the kernel are compiled: True, at once (seconds, and then several times faster);
+            False, not at all; None, when the work of the calls so far outweighs it. Models that draw random numbers,
+            take integers, let examples meet, or whose activations have neither closed form nor a short series (kinks)
+            run step by step in any case.
 
         Returns
         -------
@@ -150,8 +156,7 @@ class KernelFunction:
         if self._particles is not None:
             return self._estimated(batches, kind[0], _dtype(dtype))
         if not is_traced(*batches):
-            walks = [self.walk(batch) for batch in batches]
-            return self._compute(walks[0], None if same else walks[1], kind, memory, _dtype(dtype), False)
+            return self._concrete(batches, kind, memory, _dtype(dtype), compiled)
         dtype = jnp.result_type(*[leaf for leaf in jax.tree.leaves(batches) if is_traced(leaf)])
         with jax.numpy_dtype_promotion("standard"):  # tracers meet NumPy float64 constants
             walks = [self.walk(batch) for batch in batches]
@@ -210,10 +215,39 @@ class KernelFunction:
             forced_by=(self.refusal.layer,),
         )
 
-    def _compute(self, first: Walked, second: Walked | None, kind, memory, dtype, traced: bool) -> Kernel:
+    def _concrete(self, batches: tuple, kind, memory, dtype, compiled) -> Kernel:
+        leaves = [[np.asarray(leaf) for leaf in jax.tree.leaves(batch)] for batch in batches]
+        route = self._route(batches, leaves, kind[0]) if compiled is not False else None
+        if route is not None:
+            found = route.ready(leaves[0], leaves[1] if len(leaves) > 1 else None, memory, dtype)
+            if found is not None:
+                return self._told(found, route.notes)
+        walks = [self.walk(batch) for batch in batches]
+        notes = walks[0].notes
+        by_tiles = route and (lambda parts: route.first(parts, leaves, notes, memory, compiled is True))
+        return self._compute(walks[0], walks[1] if len(walks) > 1 else None, kind, memory, dtype, False, by_tiles)
+
+    def _route(self, batches: tuple, leaves: list, get: tuple[str, ...]) -> Route | None:
+        """What is known of calls of this kind; None where the two batches differ in kind."""
+        tree = jax.tree.structure(batches[0])
+        shapes = {(jax.tree.structure(b), *(x.shape[1:] for x in s)) for b, s in zip(batches, leaves, strict=True)}
+        if len(shapes) > 1:
+            return None
+
+        def function(*sides):
+            walks = [self.walk(jax.tree.unflatten(tree, side)) for side in sides]
+            second = walks[1] if len(walks) > 1 else None
+            return evaluate(walks[0], second, self.weights, self.eta, get, None, np.float64, True, {})
+
+        return self._routes.setdefault((get, *shapes), Route(function, leaves[0]))
+
+    def _compute(self, first: Walked, second: Walked | None, kind, memory, dtype, traced, by_tiles=None) -> Kernel:
         sizes = self._sizes.setdefault(kind, {})
-        found = evaluate(first, second, self.weights, self.eta, kind[0], memory, dtype, traced, sizes)
-        notes = tuple(s.note for s in self.weights if s.note) + tuple(first.notes)
+        found = evaluate(first, second, self.weights, self.eta, kind[0], memory, dtype, traced, sizes, by_tiles)
+        return self._told(found, first.notes)
+
+    def _told(self, found: dict[str, Any], walked: list[str]) -> Kernel:
+        notes = tuple(s.note for s in self.weights if s.note) + tuple(walked)
         layers, previous = [], 1.0
         for name, of in found.get("layers", {}).items():
             missing = np.full(np.shape(of["q"]), np.nan)

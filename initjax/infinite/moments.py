@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from initjax.infinite.arrays import (
+    MANY,
     Array,
     Total,
     contract_constants,
@@ -31,6 +32,7 @@ from initjax.infinite.arrays import (
     filled,
     full,
     full_rank,
+    same,
     same_entry,
     scale,
     sum_matching,
@@ -55,11 +57,11 @@ from initjax.trace.domain import Atom, Base, Ew, Lin, Noise, Product, Sum, Tange
 from initjax.trace.expr import VARIABLE, Expr
 from initjax.trace.graph import carries, factors_of, pairing, parts_of, reachable, related, sources
 from initjax.trace.initstats import LeafStats
+from initjax.trace.jaxpr import is_traced
 from initjax.trace.maps import Axes, extents
 from initjax.trace.walk import INPUTS
 
 Leaves = dict[str, Array]  # weight leaf -> its part of a tangent moment
-_MANY = 64  # examples from which a table of Hermite coefficients is cheaper than a quadrature for each
 EVERYTHING = "<all leaves>"  # the one entry of tangent moments that are added up as they come
 
 
@@ -268,11 +270,15 @@ class Moments:
     def _functions(self, a: Atom, b: Atom, mode: Mode):
         """E[f(u) g(v)]; all functions of one pair of leaves at once."""
         (u, f), (v, g) = self._leaf(a), self._leaf(b)
+        k = self.moment(u, v, mode)
+        if mode == SAME and u is v and k is not None:
+            return left(same(f, g, self.variance(u)), len(b.axes))
         q1 = left(self.sides[0].variance(u), len(b.axes))
         q2 = right(self.sides[1].variance(v), mode, b.axes, a.axes)
-        k = self.moment(u, v, mode)
         if mode == SAME:
-            return crosses([(f, g)], q1, q2, k)[0] if q1.size >= _MANY else cross(f, g, q1, q2, k)
+            return crosses([(f, g)], q1, q2, k)[0] if q1.size >= MANY else cross(f, g, q1, q2, k)
+        if self._is_exact(a, b, mode) and is_traced(k):
+            k = with_diagonal(k, None, mode, u.axes)  # replaced below; correlations of one would ask for long series
         siblings = zip(self._first.functions.get(id(u), ()), self._second.functions.get(id(v), ()), strict=False)
         members = [(a, b)] + [(p, q) for p, q in siblings if self._waits(p, q, a, mode)]
         found = crosses([(self._leaf(p)[1], self._leaf(q)[1]) for p, q in members], q1, q2, k)
@@ -285,11 +291,15 @@ class Moments:
         known = p is current or ("atoms", mode, id(p), id(q)) in self._memo
         return not known and mode in self._first.asked.get(id(p), ())
 
+    def _is_exact(self, a: Atom, b: Atom, mode: Mode) -> bool:
+        """Whether this moment has same-example, same-position entries, which are known from one dimension."""
+        return self.same and mode != SAME and a.axes == b.axes
+
     def _exact(self, value, a: Atom, b: Atom, mode: Mode):
         if value is None:
             return None
         value = full(value, shape_of(mode, a.axes, b.axes))
-        if self.same and mode != SAME and a.axes == b.axes:
+        if self._is_exact(a, b, mode):
             own = self.sides[0]
             value = with_diagonal(value, own.flat(own.atoms(a, b, SAME), a.axes), mode, a.axes)
         return value

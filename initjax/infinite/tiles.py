@@ -8,13 +8,13 @@ by computing one pair of examples and counting what is alive.
 import concurrent.futures
 import dataclasses
 import math
-import os
 from typing import Any
 
 import numpy as np
 
 from initjax.errors import InputError
 from initjax.infinite.blocks import Block, example_axes
+from initjax.infinite.compiled import cores
 from initjax.infinite.modes import PAIRS, SAME, SITES, WITHIN
 from initjax.infinite.moments import Moments, Schedule
 from initjax.memory import budget, readable
@@ -52,7 +52,7 @@ class Batch:
     """One walk, from which blocks of examples are cut. `at` is None where they cannot be told apart."""
 
     def __init__(self, walked: Walked, leaves, get):
-        self.leaves, self.n = leaves, walked.output.shape[0]
+        self.leaves, self.n, self.draws = leaves, walked.output.shape[0], walked.draws
         self._nngp = "nngp" in get
         self._tangent = [walked.tangent.body] if walked.tangent is not None and {"ntk", "leaves"} & set(get) else []
         self._layers = walked.layers if "layers" in get else {}
@@ -60,6 +60,21 @@ class Batch:
         self.bodies = [walked.output.body, *self._tangent, *self._layers.values(), *self._tangents.values()]
         outputs = 1 + len(self._tangent)
         self.at = example_axes(self.bodies[:outputs], self.bodies[outputs:])
+
+    def work(self) -> tuple[float, int, int]:
+        """For one pair of examples: entries of all moments, and of the largest; and the number of atoms."""
+        plan = self.side(0, 1).plan
+        sizes = [
+            math.prod(extents(atom.axes)) ** (2 if mode.sites else 1)
+            for atom in plan.atoms
+            for mode in plan.asked.get(id(atom), ())
+        ]
+        return float(sum(sizes)), max(sizes, default=1), len(plan.atoms)
+
+    def variances(self):
+        """Every function in the program, with the variances of its Gaussian over all examples."""
+        side = self.side(0, self.n)
+        return [(a.expr.fn, side.own.variance(a.leaf)) for a in side.plan.atoms if isinstance(a, Ew)]
 
     def side(self, start: int, stop: int, counting: bool = False) -> Side:
         """The block, with the same-example moments that its tiles and its layers' statistics will ask for."""
@@ -80,11 +95,12 @@ class Batch:
 
 
 def evaluate(
-    first: Walked, second: Walked | None, leaves, eta, get, memory, dtype, traced: bool, sizes: dict
+    first: Walked, second: Walked | None, leaves, eta, get, memory, dtype, traced: bool, sizes: dict, compiled=None
 ) -> dict[str, Any]:
     """The parts of a kernel that `get` names, and the statistics of its layers.
 
     sizes : filled with the bytes that one pair of examples takes, or used if it holds them.
+    compiled : asked for a result before the work is done step by step; gives None if it has none.
 
     Returns "nngp" and "ntk" (n1, n2); "leaves", leaf -> (n1, n2); "layers", name -> "q" (n1,), "q2" (n2,),
     "correlation" (n1, n2), "slope" and "gradient" (n1,) or None.
@@ -94,6 +110,9 @@ def evaluate(
     if one.at is None or two.at is None:
         one.at = two.at = None
     out = _Parts(one, two, leaves, eta, get, dtype)
+    found = None if compiled is None else compiled(out)
+    if found is not None:
+        return found
     block, workers = max(one.n, two.n, 1), 1
     if not traced:
         block, workers = _plan(out, memory, sizes)
@@ -151,7 +170,7 @@ class _Parts:
             if "ntk" in self.get and found:
                 first, *rest = found.values()
                 out["ntk"] = sum(rest, first)
-        for name, u in a.layers.items():
+        for name, u in a.layers.items() if "layers" in self.get else ():
             v = b.layers[name]
             value = moments.moment(u, v, a.plan.kept)
             if _free(u, a):
@@ -261,7 +280,6 @@ def _plan(out: _Parts, memory, sizes: dict) -> tuple[int, int]:
         if results > memory:
             raise _too_small(memory, one.n, two.n, results, results, small, each)
         return most, 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     objects = _ATOM * len(reachable(one.bodies)) * (one.n + (two.n if two is not one else 0))
 
     def needed(block: int, workers: int) -> int:
@@ -269,7 +287,7 @@ def _plan(out: _Parts, memory, sizes: dict) -> tuple[int, int]:
 
     best = max(1, min(most, math.isqrt(_TILE // max(widest, 8))))
     blocks = [best] + [2**i for i in range(best.bit_length() - 1, -1, -1) if 2**i < best]
-    for workers in (cores, 1):
+    for workers in (cores(), 1):
         for block in blocks:
             if needed(block, workers) <= memory:
                 return _balanced(most, block), workers

@@ -68,6 +68,7 @@ class Walked:
     layers : name of every layer with weights -> its output, in program order.
     tangents : name of the layer -> the tangent of that output.
     notes : approximations that the user should know of.
+    draws : whether the program draws random numbers as it runs.
     """
 
     output: Field
@@ -75,6 +76,7 @@ class Walked:
     layers: dict[str, Sum]
     tangents: dict[str, Tangent]
     notes: list[str]
+    draws: bool = False
 
 
 class Walk:
@@ -214,7 +216,8 @@ class Walk:
         for atom in atoms:  # weights that met known arrays before they met a field
             if isinstance(atom, Base) and atom.kind == "vector":
                 self.use_vector(atom.view, atom.axes, atom.layer)
-        return Walked(output, tangent, self.layers, self.tangents, list(self.notes.values()))
+        draws = any(equation.name == "random_bits" for equation in body.equations)
+        return Walked(output, tangent, self.layers, self.tangents, list(self.notes.values()), draws)
 
     def _results(self, operands: list) -> list:
         """What the current equation makes of its operands, or its refusal."""
