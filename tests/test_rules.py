@@ -181,6 +181,12 @@ def test_heads_of_attention_are_one_axis_to_an_initializer():
 # ------------------------------------------------------------------ plan and labels
 
 
+def test_plans_are_printed_in_natural_order():
+    tree = {f"Dense_{i}": {"kernel": np.ones((2, 2))} for i in (10, 2, 1)}
+    lines = repr(ij.plan(tree, [(..., R.keep)])).splitlines()[1:]
+    assert [line.split("/")[0] for line in lines] == ["Dense_1", "Dense_2", "Dense_10"]
+
+
 def test_plan_reads_without_drawing(params):
     def refuses(key, shape, dtype):
         raise AssertionError("drawn")

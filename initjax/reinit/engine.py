@@ -8,6 +8,7 @@ other draw.
 import dataclasses
 import hashlib
 import math
+import re
 import sys
 from typing import Any
 
@@ -61,7 +62,10 @@ class Plan:
     def __repr__(self) -> str:
         number = lambda value: "?" if value is None else f"{value:.4g}"  # noqa: E731
         cells = [("path", "rule", "action", "old std", "new std")]
-        cells += [(r.path, r.rule or "-", r.action or "-", number(r.old_std), number(r.new_std)) for r in self.rows]
+        # Dense_2 before Dense_10; trees sort their keys as text
+        natural = lambda row: [(part.isdigit(), part.rjust(9)) for part in re.split(r"(\d+)", row.path)]  # noqa: E731
+        for r in sorted(self.rows, key=natural):
+            cells.append((r.path, r.rule or "-", r.action or "-", number(r.old_std), number(r.new_std)))
         widths = [max(len(row[i]) for row in cells) for i in range(5)]
         return "\n".join("  ".join(f"{c:{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
 
