@@ -150,6 +150,9 @@ def _refuse_numbers(program, x):
     integers = [n for n in program.data if jnp.issubdtype(program.avals[n].dtype, jnp.integer)]
     for step in program.steps:
         found = [n for n in step.inputs if n in integers]
+        users = [other.name for other in program.steps if step.outputs[0] in other.inputs]
+        if users and set(users) <= {"mul", "div", "sub"}:
+            continue  # the network scales them itself
         if found and step.name == "convert_element_type" and step.eqn.params["new_dtype"].kind == "f":
             raise InputError(
                 f"inputs of dtype {program.avals[found[0]].dtype} that the network takes as numbers",

@@ -389,7 +389,7 @@ def _with_remedy(error: UnsupportedLayerError, estimator: Particles, example) ->
     try:
         estimator.check(example)
     except UnsupportedLayerError as none:
-        same = none.primitive == error.primitive
+        same = (none.layer, none.primitive) == (error.layer, error.primitive)
         why = error.why if same else f"{error.why}; no estimate either, `{none.primitive}` in {none.layer}: {none.why}"
         return UnsupportedLayerError(error.given, error.accepted, why, error.remedy, error.layer, error.primitive)
     remedy = f'estimate it with on_unsupported="monte_carlo" (values with a standard error); or {error.remedy}'

@@ -415,7 +415,8 @@ class Moments:
         if _is_masked(x) or _is_masked(y):
             return self._masked(x, y, mode)
         (plain_x, maps_x), (plain_y, maps_y) = self._split(x), self._split(y)
-        if not mode.sites and (maps_x or maps_y):
+        # a scale acts on each side by its own factor, whatever the mode; other maps may change positions
+        if not mode.sites and not all(_is_scale(a) for a, _ in maps_x + maps_y):
             if len(maps_x) == len(maps_y) == 1 and not plain_x and not plain_y:
                 (a, c), (b, d) = maps_x[0], maps_y[0]
                 if alike(a.map, b.map) and a.map.local:

@@ -90,6 +90,7 @@ class Wide:
         self.layers: dict[str, Any] = {}
         self.eqn: Any = None
         self.scope = ""
+        self.averaged = False  # whether some sum over channels was taken at its mean
         self._sites = 0
 
     # ------------------------------------------------------------------ services for the rules
@@ -215,6 +216,12 @@ class Wide:
             output = self.as_cloud(output, None)
         if isinstance(output, Known):
             output = Cloud(output.array, positions(output.shape), False)
+        if self.averaged and not output.copies and not output.carriers and output.linear is None:
+            raise self.refuse(
+                "the output is a mean over channels: at infinite width it is one number for all networks, and its "
+                "fluctuations and its tangent kernel are of lower order",
+                "put a Dense layer behind the mean; or measure at finite width with ij.monte_carlo_kernels",
+            )
         if self.copies is None:
             self.plan.linear = output.linear
         return output

@@ -368,6 +368,7 @@ def _reduce(wide: Wide, operands):
                 f"a mean over {count} channels{' after ' + value.layer if value.layer else ''} is replaced by its "
                 f"expectation; the finite network differs by O(1/{count})",
             )
+        wide.averaged = True
         return [Cloud(array.mean(0), structural(parts), False, frozenset(), None)]
     if hit and not left and eqn.primitive.name != "reduce_sum":
         _across_channels(wide, value, axes)

@@ -269,24 +269,34 @@ def _from_pair(pair, inputs, apply_kwargs, rngs):
     init_fn, apply_fn = pair
     inputs = _zeros_if_abstract(inputs)
     try:
-        required = [
-            p
-            for p in inspect.signature(init_fn).parameters.values()
-            if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        ]
-        takes_inputs = len(required) > 1
+        given = list(inspect.signature(init_fn).parameters.values())
+        required = [p for p in given if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        # the init of a linen module is (rngs, *args)
+        takes_inputs = len(required) > 1 or any(p.kind is p.VAR_POSITIONAL for p in given)
     except (TypeError, ValueError):  # a callable without a signature
         takes_inputs = False
     args, kwargs = _call_arguments(inputs)
 
-    def init(key):
+    def variables(key):
         return init_fn(key, *args, **kwargs) if takes_inputs else init_fn(key)
+
+    # the variables of a linen module: what stands beside "params" is not trained
+    whole = _try(pair, inputs, {}, lambda: jax.eval_shape(variables, jax.random.key(0)))
+    others = [name for name in whole if name != "params"] if isinstance(whole, dict) and "params" in whole else []
+    state = {}
+    if others:
+        with jax.ensure_compile_time_eval():
+            state = jax.jit(lambda key: {name: variables(key)[name] for name in others})(jax.random.key(0))
+
+    def init(key):
+        made = variables(key)
+        return {"params": made["params"]} if others else made
 
     def apply(params, x):
         args, kwargs = _call_arguments(x)
-        return apply_fn(params, *args, **kwargs, **apply_kwargs)
+        return apply_fn({**state, **params} if others else params, *args, **kwargs, **apply_kwargs)
 
-    return init, apply, None, {}
+    return init, apply, None, state
 
 
 def _is_linen(model) -> bool:

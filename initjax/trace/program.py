@@ -50,6 +50,7 @@ def trace_program(functional: Functional, leaves: tuple[LeafStats, ...], x) -> P
     """
     shapes, tree = jax.tree.flatten(x)
     floating = tuple(bool(jnp.issubdtype(leaf.dtype, jnp.floating)) for leaf in shapes)
+    _check_outputs(functional)
 
     def traced(real) -> ClosedJaxpr:
         def struct(leaf, is_real=True):
@@ -76,8 +77,6 @@ def trace_program(functional: Functional, leaves: tuple[LeafStats, ...], x) -> P
             if "custom_vjp" in str(error):
                 raise _custom_vjp(error) from error
             closed = traced(jnp.float32)  # a model that insists on float32, as in the carry of a scan
-    outputs = closed.out_avals
-    _check_outputs(outputs[: len(outputs) // 2])
     with tracing_float64():  # unrolling a loop traces its body
         body = inline(closed)
     return Program(body, leaves, tuple(tuple(leaf.shape) for leaf in shapes), floating)
@@ -88,6 +87,8 @@ def trace_model(functional: Functional, x, real) -> ClosedJaxpr:
 
     real : type of all that is floating; float32 where the model insists on it, as in the carry of a scan.
     """
+
+    _check_outputs(functional)
 
     def traced(real) -> ClosedJaxpr:
         def struct(leaf):
@@ -100,7 +101,6 @@ def trace_model(functional: Functional, x, real) -> ClosedJaxpr:
         closed = traced(real)
     except TypeError:
         closed = traced(jnp.float32)
-    _check_outputs(closed.out_avals)
     return closed
 
 
@@ -134,14 +134,22 @@ def _custom_vjp(error) -> UnsupportedLayerError:
     )
 
 
-def _check_outputs(outputs) -> None:
-    if len(outputs) == 1 and jnp.issubdtype(outputs[0].dtype, jnp.floating):
+def _check_outputs(functional: Functional) -> None:
+    found = jax.tree_util.tree_flatten_with_path(functional.abstract_output)[0]
+    if len(found) == 1 and jnp.issubdtype(found[0][1].dtype, jnp.floating):
         return
-    given = ", ".join(f"{a.dtype}{list(a.shape)}" for a in outputs)
+    paths = [jax.tree_util.keystr(path) for path, _ in found]
+    given = ", ".join(
+        f"{path or 'one array'}: {a.dtype}{list(a.shape)}" for path, (_, a) in zip(paths, found, strict=True)
+    )
+    real = [p for p, (_, a) in zip(paths, found, strict=True) if jnp.issubdtype(a.dtype, jnp.floating)]
     raise UnsupportedLayerError(
         f"the model's output is ({given})",
         "one floating array, first axis the examples",
         "a kernel is the covariance of one output",
-        "return one of them, for example as a pair (init_fn, lambda params, x: apply_fn(params, x)[0])",
+        f"choose one by a pair, (init_fn, lambda params, x: apply_fn(params, x){real[0]}); init and apply of a linen "
+        "module will do"
+        if real
+        else "return the floating array in front of it",
         layer="output",
     )

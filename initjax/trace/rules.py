@@ -366,6 +366,17 @@ def nonlinear(walk: Walk, operands):
     return [Field(result, like.groups, like.near)]
 
 
+def _square(walk: Walk, operands):
+    """The square of a sum of different fields, whose mean over channels is a second moment (norms of a stream)."""
+    assert walk.equation is not None
+    bodies, like = aligned(walk, operands)
+    body, power = bodies[0], walk.equation.params.get("y", 2)
+    if power == 2 and isinstance(body, Sum) and body.terms:
+        if mask_in([body]) is None and walk.arena.common_leaf([body]) is None:
+            return [Field(product(walk, body, body, like.near), like.groups, like.near)]
+    return nonlinear(walk, operands)
+
+
 def _grounded(walk: Walk, value):
     """A weight that meets a nonlinearity without data (softplus of a raw scale) is refused; the rest passes."""
     if isinstance(value, WeightView):
@@ -472,6 +483,8 @@ RULES = {
     "neg": lambda walk, operands: _mul(walk, [operands[0], const(np.asarray(-1.0))]),
     "mul": _mul,
     "div": _div,
+    "square": _square,
+    "integer_pow": _square,
     "select_n": _select,
     "convert_element_type": _convert,
     "copy": _pass,

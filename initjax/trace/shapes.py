@@ -224,6 +224,14 @@ def _mean_over_channels(walk: Walk, value: Field, axes: list[int]) -> Const:
             f"after {value.near}: a mean over {count} channels is replaced by its expectation; the finite network "
             f"differs by O(1/{count})",
         )
+    walk.averaged = walk.refuse(
+        value.near,
+        "the output is a mean over channels (a cosine similarity, the mean of the features) and of nothing random "
+        "besides: at infinite width it is one number for all networks, and its fluctuations and its tangent kernel are "
+        "of lower order, which this theory neglects",
+        "put a Dense layer behind the mean; or measure at finite width with ij.monte_carlo_kernels",
+        what="an output that is a mean over channels",
+    )
     mean = walk.mean(value.body)
     if mean is None:
         if not walk.is_divided(count):

@@ -88,6 +88,9 @@ class Walk:
         self.mean = mean  # expectation of a primal body at every position: sums over channels become numbers
         self.arena = Arena()
         self.doubts: dict[int, UnsupportedLayerError] = {}
+        self.averaged: UnsupportedLayerError | None = (
+            None  # the last mean over channels, should it be all of the output
+        )
         self.uses: dict[int, list[Use]] = {}
         self.layers: dict[str, Sum] = {}
         self.tangents: dict[str, Tangent] = {}
@@ -211,6 +214,8 @@ class Walk:
             results = self._results([values[n] for n in equation.inputs])
             values.update(zip(equation.outputs, results, strict=True))
         output, tangent = (self._finished(values[n], n == body.outputs[1]) for n in body.outputs)
+        if self.averaged is not None and tangent is None and isinstance(output.body, Sum) and output.body.is_constant:
+            raise self.averaged
         atoms = reachable([v.body for v in (output, tangent) if v is not None])
         self._settle_doubts(atoms)
         for atom in atoms:  # weights that met known arrays before they met a field
