@@ -13,6 +13,7 @@ import initjax.empirical.features as features_module
 import initjax.empirical.job as job_module
 import initjax.empirical.tiles as tiles_module
 from initjax.empirical.blocks import as_bytes
+from initjax.empirical.independence import keeps_examples_apart
 
 DTYPE = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
 X = jax.random.normal(jax.random.key(0), (5, 6), DTYPE)
@@ -380,3 +381,27 @@ def test_wrong_networks_parameters_and_pairs_get_four_part_errors():
         ij.empirical_ntk(lambda p, x: (x @ p, x.astype(jnp.int32)))(jnp.ones((6, 1), DTYPE), X)
     with pytest.raises(ij.InputError, match=r"5 and 6 outputs"):
         ij.empirical_ntk(lambda p, x: x * p)(jnp.ones((), DTYPE), X[:, :5], X)
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda x: x - x.mean(0, keepdims=True),
+        lambda x: x[::-1],
+        lambda x: jnp.roll(x, 1, axis=0),
+        lambda x: jnp.cumsum(x, axis=0),
+        lambda x: (x @ x.T)[:, :1],
+        lambda x: jnp.sort(x, axis=0),
+        lambda x: x[jnp.array([1, 0, 2])],
+        lambda x: x.T.reshape(x.shape),
+        lambda x: jnp.concatenate([x[1:], x[:1]]),
+        lambda x: x * jax.nn.softmax(x.sum(1))[:, None],
+        lambda x: jax.lax.associative_scan(jnp.add, x),
+        lambda x: jnp.where(x > jnp.median(x, axis=0), x, 0),
+        lambda x: jax.lax.conv(x.T[None], jnp.ones((x.shape[1], x.shape[1], 3)), (1,), "SAME")[0].T,
+        lambda x: x + x[jnp.argsort(x[:, 0])],
+    ],
+)
+def test_no_proof_that_examples_which_meet_stay_apart(mix):
+    assert keeps_examples_apart(lambda p, x: jnp.tanh(x) @ p, jnp.ones((6, 2)), X[:3])
+    assert not keeps_examples_apart(lambda p, x: mix(x) @ p, jnp.ones((6, 2)), X[:3])

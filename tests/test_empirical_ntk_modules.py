@@ -11,6 +11,7 @@ from flax import nnx
 from oracles.jacobian import gram
 
 import initjax as ij
+from initjax.empirical.independence import keeps_examples_apart
 
 F = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
 dense = functools.partial(nn.Dense, param_dtype=F)
@@ -253,6 +254,7 @@ def test_kernel_in_float32(name):
 
 def check(name, tolerance):
     apply, params, x, module = functional(name)
+    assert keeps_examples_apart(apply, params, x)
     expected = gram(apply, params, x)
     ntk_fn = ij.empirical_ntk(module, outputs="full")
     kernel = ntk_fn(params, x)

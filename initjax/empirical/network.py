@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from initjax.empirical.independence import keeps_examples_apart
 from initjax.errors import InputError
 from initjax.trace.flax import as_functional, cannot_call, check_array, leaf_names
 from initjax.trace.jaxpr import is_traced
@@ -81,8 +82,15 @@ class Network:
         return sum(int(np.prod(leaf.shape[1:])) for leaf in leaves)
 
     def check_independent(self, params: Any, x: Any):
-        """Refuse, once, a network in which an example has a derivative with respect to another one."""
+        """Refuse, once, a network in which an example has a derivative with respect to another one.
+
+        Most programs show that there is none; the others are measured.
+        """
         if self._independent or is_traced(params, x) or _is_abstract(x) or examples(x, "x") < 2:
+            return
+        two = jax.tree.map(lambda a: jax.ShapeDtypeStruct((2, *np.shape(a)[1:]), jnp.result_type(a)), x)
+        if keeps_examples_apart(self._call, params, two):
+            self._independent = True
             return
         if not all(jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in jax.tree.leaves(x)):
             return self._check_alone(params, x)
