@@ -1,7 +1,6 @@
 """The zoo in nnx: the same networks as in `zoo`, written as nnx users write them."""
 
 import jax.numpy as jnp
-import zoo
 from flax import nnx
 from zoo import he, small, wide
 
@@ -56,15 +55,6 @@ class TextClassifier(nnx.Module):
 
     def __call__(self, tokens):
         return self.readout(nnx.relu(self.dense(self.embed(tokens))).mean(axis=1))
-
-
-class PooledSequence(nnx.Module):
-    def __init__(self, *, rngs):
-        self.dense = nnx.Linear(6, 64, kernel_init=he, bias_init=small, rngs=rngs)
-        self.readout = nnx.Linear(64, 1, rngs=rngs)
-
-    def __call__(self, x):
-        return self.readout(nnx.relu(self.dense(x)).mean(axis=1))
 
 
 class TiedRecurrent(nnx.Module):
@@ -181,26 +171,3 @@ class TiedAutoencoder(nnx.Module):
 
     def __call__(self, x):
         return nnx.relu(x @ self.w[...]) @ self.w[...].T
-
-
-# linen model, nnx factory, which inputs
-TWINS = {
-    "gate": (zoo.Gated(), Gated, "vectors"),
-    "norm": (zoo.Normed(), Normed, "vectors"),
-    "pre-norm blocks": (zoo.PreNormBlock(), PreNormBlock, "vectors"),
-    "embedding": (zoo.TextClassifier(), TextClassifier, "tokens"),
-    "pooled sequence": (zoo.PooledSequence(), PooledSequence, "sequences"),
-    "tied recurrent": (zoo.TiedRecurrent(), TiedRecurrent, "vectors"),
-    "concatenation": (zoo.Concatenated(zoo.nn.LayerNorm), Concatenated, "vectors"),
-    "U-Net": (zoo.UNet(), UNet, "images"),
-    "ResNeXt": (zoo.GroupedConvolution(), GroupedConvolution, "images"),
-    "LeNet": (zoo.LeNet(), LeNet, "images"),
-    "autoencoder": (zoo.Autoencoder(), Autoencoder, "vectors"),
-    "SIREN": (zoo.Siren(), Siren, "vectors"),
-    "DeepSets": (zoo.DeepSets(), DeepSets, "sequences"),
-}
-REFUSED = {
-    ConvNeXtBlock: ("images", "one channel in each group"),
-    PostActivationResNet: ("vectors", "several different random fields"),
-    TiedAutoencoder: ("vectors", "transpose"),
-}

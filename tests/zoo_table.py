@@ -78,6 +78,8 @@ ZOO = [
         "W and its transpose in one forward pass are not independent",
     ),
     Entry("trunk with two heads", zoo.TwoHeads(), zoo_sequence.MultiHeadNnx, "vectors"),
+    Entry("relu, then LayerNorm", zoo.Normed(), zoo_nnx.Normed, "vectors"),
+    Entry("layers side by side, LayerNorm", zoo.Concatenated(nn.LayerNorm), zoo_nnx.Concatenated, "vectors"),
     Entry("SwiGLU", zoo.Gated(), zoo_nnx.Gated, "vectors"),
     Entry("pre-RMSNorm SwiGLU residual blocks", zoo.PreNormBlock(), zoo_nnx.PreNormBlock, "vectors"),
     Entry("weights shared over depth", zoo.TiedRecurrent(), zoo_nnx.TiedRecurrent, "vectors"),
