@@ -1,4 +1,4 @@
-"""The scripts that reproduce published results: each runs at a tiny size, and the committed table is what they wrote."""
+"""Scripts that reproduce published results: each runs at a tiny size, and the committed table is what they wrote."""
 
 import json
 import os
