@@ -2,13 +2,16 @@
 
     python benchmarks/infinite.py [--only NAME ...] [--rounds 5] [--json FILE]
 
-Each row: first call (tracing, compiling and computing, with the model's analysis) and run time of
-`kernel_fn(model, x)(x, get=("nngp", "ntk"))` in float64, NumPy in and out; the same of neural-tangents 0.6.5 under
-jax.jit in the same process, where it can do the model; the ratio of the two, as the median over rounds in which one
-runs straight after the other (the machine may be busy), and the ratio of the processor times; the largest difference
-relative to the largest entry; and the error on the diagonal, which is known to rounding. Memory: what our call held at
-its peak, results included (tracemalloc), and XLA's own count of temporaries for the peer. Rows without a peer measure
-compile time.
+Each row with a peer times `kernel_fn(model, x)(x, get=("nngp", "ntk"))` in float64, NumPy in and out, three ways: by
+compiled tiles (`run_s`; `first_call_s` is the analysis of the model, compiling and one run), step by step
+(`steps_first_call_s`, `steps_s`), and by neural-tangents 0.6.5 under jax.jit in the same process, in float64 too, where
+it can do the model. `ratio` is compiled to peer, the median over rounds in which one runs straight after the other (the
+machine may be busy), `cpu_ratio` that of the processor times, `steps_ratio` step by step to peer. Errors stand beside:
+the largest difference to the peer and between our two routes, relative to the largest entry, and the error on the
+diagonal, which is known to rounding. Memory: what NumPy and Python held at the peak of a call, results included
+(tracemalloc), what XLA holds for the tiles that are computed at once, and XLA's own count of temporaries for the peer.
+Rows without a peer measure compile time; one whose layers are outside the exact theory is also estimated, by the same
+module's widened program.
 
 Sizes and depths are in CASES. The peer is optional: rows without it say so.
 """
@@ -44,7 +47,9 @@ CASES = [
     ("CNN + GAP 8 x 8", "pool", "relu", (16, 8, 8, 3), 0.15),
     ("CNN + GAP 16 x 16", "pool", "relu", (8, 16, 16, 3), 0.15),
 ]
+PARTICLES = 4096
 COMPILE = [("ResNet-18-like", "resnet", (2, 8, 8, 3)), ("4-block transformer", "transformer", (2, 8, 32))]
+ACCURACY = "numeric MLP against nested quadrature"
 
 
 class Model(nn.Module):
@@ -131,16 +136,24 @@ def row_of(name, kind, activation, shape, goal, stax, rounds) -> dict:
     x = np.random.default_rng(0).normal(size=shape)
     # "ntk": the parameterization of the peer, free of widths
     build, make = timed(lambda: ij.kernel_fn(Model(kind, activation), x[:2], parameterization="ntk"))
-    ours = lambda: build(x, get=("nngp", "ntk"))  # noqa: E731
+    ours = lambda: build(x, get=("nngp", "ntk"), compiled=True)  # noqa: E731
+    steps = lambda: build(x, get=("nngp", "ntk"), compiled=False)  # noqa: E731
+    by_steps, steps_first = timed(steps)
     start = time.process_time()
     kernel, first = timed(ours)
     row: dict = dict(benchmark=name, examples=shape[0], first_call_s=round(make + first, 2))
     row["first_call_cpu_s"] = round(time.process_time() - start, 2)
+    row["steps_first_call_s"] = round(make + steps_first, 2)
+    (tiles,) = [route.tiles for route in build._routes.values() if route.tiles is not None]
     tracemalloc.start()
     ours()
     held = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     row["peak_mb"] = round(held / 2**20, 1)
+    row["xla_mb"] = round(2 * (os.cpu_count() or 1) * tiles.temporaries / 2**20, 1)
+    row["examples_of_a_tile"] = tiles.block
+    pairs_of = ((kernel.nngp, by_steps.nngp), (kernel.ntk, by_steps.ntk))
+    row["steps_difference"] = float(f"{max(np.abs(a - b).max() / np.abs(b).max() for a, b in pairs_of):.1e}")
     row["results_mb"] = round(2 * kernel.nngp.nbytes / 2**20, 1)
     act = ACTIVATIONS[activation]
     if kind == "mlp":
@@ -165,6 +178,7 @@ def row_of(name, kind, activation, shape, goal, stax, rounds) -> dict:
         return function()
 
     pairs = [after(lambda: (timed(ours)[1], timed(theirs)[1])) for _ in range(rounds)]
+    slow = [after(lambda: (timed(steps)[1], timed(theirs)[1])) for _ in range(rounds)]
     ratios = sorted(a / b for a, b in pairs)
     row |= dict(
         run_s=round(float(np.median([a for a, _ in pairs])), 4),
@@ -173,6 +187,8 @@ def row_of(name, kind, activation, shape, goal, stax, rounds) -> dict:
         ratio_spread=[round(ratios[0], 4), round(ratios[-1], 4)],
         cpu_ratio=round(after(lambda: processor(ours) / processor(theirs)), 4),
         goal=goal,
+        steps_s=round(float(np.median([a for a, _ in slow])), 4),
+        steps_ratio=round(float(np.median([a / b for a, b in slow])), 4),
         peer_first_call_s=round(peer_first, 2),
         peer_temporaries_mb=round(getattr(temporaries, "temp_size_in_bytes", 0) / 2**20, 1),
     )
@@ -196,33 +212,35 @@ def accuracy_row() -> dict:
             k = np.array([[own[0], cross], [cross, own[1]]])
             k = k if layer == DEPTH - 1 else SIGMA_W**2 * k + SIGMA_B**2
         error = max(error, abs(kernel[i, j] - k[0, 1]) / np.sqrt(k[0, 0] * k[1, 1]))
-    return dict(benchmark="numeric MLP against nested quadrature", error=float(f"{error:.1e}"), goal=1e-9)
+    return dict(benchmark=ACCURACY, error=float(f"{error:.1e}"), goal=1e-9)
 
 
 def compile_row(name, kind, shape) -> dict:
     x = np.random.default_rng(0).normal(size=shape)
     model = ResNet() if kind == "resnet" else Transformer()
     row: dict = dict(benchmark=name, examples=shape[0])
-    mode = "exact"
     start, busy = time.perf_counter(), time.process_time()
     try:
         kernel = ij.kernel_fn(model, x)
+        row["route"] = "exact"
     except ij.errors.UnsupportedLayerError as error:
-        mode = "particles"
-        try:
-            kernel = ij.kernel_fn(model, x, on_unsupported="monte_carlo")
-        except ij.errors.UnsupportedLayerError:
-            return row | dict(route=f"refused: {error.given}"[:90])
+        row |= dict(refused_because=error.given[:90], refused_s=round(time.perf_counter() - start, 1))
+        start, busy = time.perf_counter(), time.process_time()
+        kernel = ij.kernel_fn(model, x, on_unsupported="monte_carlo", particles=PARTICLES)
+        row |= dict(route="monte_carlo", particles=PARTICLES)
+    tracemalloc.start()
     out = kernel(x, get=("nngp", "ntk"))
+    row["peak_mb"] = round(tracemalloc.get_traced_memory()[1] / 2**20, 1)
+    tracemalloc.stop()
     first, busy = time.perf_counter() - start, time.process_time() - busy
     _, again = timed(lambda: kernel(x, get=("nngp", "ntk")))
     assert np.all(np.isfinite(out.ntk))
+    if out.standard_error is not None:
+        for part in ("nngp", "ntk"):
+            error, value = (np.asarray(getattr(k, part)) for k in (out.standard_error, out))
+            row[f"{part}_standard_error"] = float(f"{error.max() / np.abs(value).max():.1e}")
     return row | dict(
-        route=mode,
-        first_call_s=round(first, 1),
-        first_call_cpu_s=round(busy, 1),
-        run_s=round(again, 2),
-        goal_first_call_s=60,
+        first_call_s=round(first, 1), first_call_cpu_s=round(busy, 1), run_s=round(again, 2), goal_first_call_s=60
     )
 
 
@@ -242,7 +260,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", help="rows whose name contains one of these words")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", help="write the table to this file")
+    parser.add_argument("--json", help="write the table to this file; with --only, replace these rows in it")
     args = parser.parse_args()
     jax.config.update("jax_enable_x64", True)  # for the peer; initjax does not need it
     warnings.simplefilter("ignore")
@@ -271,6 +289,11 @@ def main():
         dtype="float64",
     )
     print(machine)
+    if args.json and args.only and Path(args.json).exists():
+        new = {row["benchmark"]: row for row in rows}
+        old = [row for row in json.loads(Path(args.json).read_text())["rows"] if row["benchmark"] not in new]
+        order = [case[0] for case in CASES] + [ACCURACY] + [case[0] for case in COMPILE]
+        rows = sorted(old + rows, key=lambda row: order.index(row["benchmark"]))
     if args.json:
         with open(args.json, "w") as file:
             json.dump(dict(machine=machine, rows=rows), file, indent=1)

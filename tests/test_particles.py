@@ -254,6 +254,19 @@ def test_refusals_point_to_estimates_where_these_help():
     assert "monte_carlo" not in caught.value.remedy
 
 
+def test_a_copy_in_the_program_is_no_step():
+    """JAX writes a `copy` where a user asks for an array anew."""
+
+    class Copied(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            h = jnp.array(nn.Dense(32)(x), copy=True)
+            return nn.Dense(1)(nn.MultiHeadDotProductAttention(2)(h).mean(axis=1))
+
+    kernel = ij.kernel_fn(Copied(), SEQUENCE, on_unsupported="monte_carlo", particles=64)
+    assert kernel.refusal is not None and "MultiHeadDotProductAttention" in kernel.refusal.layer
+
+
 @pytest.mark.parametrize("particles", [0, 1.5, True])
 def test_bad_numbers_of_particles(particles):
     with pytest.raises(InputError, match="particles"):

@@ -1,11 +1,9 @@
 """The angle of two Gaussians, arctan2(s, c) with s = sin >= 0 and c = cos, in arithmetic that XLA can vectorise.
 
 XLA calls the C library's atan2 entry by entry. This is arcsin by a rational function on |x| < 1/2, and by the half
-angle outside, where (1 - |c|) / 2 = s^2 / (2 (1 + |c|)) keeps the digits that a rounded c has lost. Coefficients: the
-fit of Sun's fdlibm (e_asin.c, 1993), 1 ulp.
+angle outside. A rounded c costs its rounding over s, as it does in arctan2 of an s made from it. Coefficients: the fit
+of Sun's fdlibm (e_asin.c, 1993), 1 ulp.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +20,14 @@ _Q = (
 )
 
 
-def angle(xp, s, c, rounded: bool = False):
-    """arctan2(s, c), s >= 0, s^2 + c^2 = 1; with xp = numpy by its own arctan2.
+def angle(xp, s, c):
+    """arctan2(s, c), s >= 0, s^2 + c^2 = 1; with xp = numpy by its own arctan2."""
+    return np.pi / 2 - _latitude(s, c) if xp is jnp else xp.arctan2(s, c)
 
-    rounded : c carries rounding that s does not, so that 1 - |c| is to be had from s.
-    """
-    return np.arctan2(s, c) if xp is np else _angle(rounded, s, c) if xp is jnp else xp.arctan2(s, c)
+
+def latitude(xp, s, c):
+    """arctan2(c, s) = pi/2 - angle, with the digits of a small c."""
+    return _latitude(s, c) if xp is jnp else xp.arctan2(c, s)
 
 
 def _horner(coefficients, x):
@@ -37,18 +37,17 @@ def _horner(coefficients, x):
     return total
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _angle(rounded, s, c):
+@jax.custom_jvp
+def _latitude(s, c):
     size = jnp.abs(c)
     near = size < 0.5
-    z = jnp.where(near, c * c, s * s / (2 * (1 + size)) if rounded else (1 - size) * 0.5)
+    z = jnp.where(near, c * c, (1 - size) * 0.5)
     t = jnp.where(near, c, jnp.sqrt(z))
     arcsin = t + t * (z * _horner(_P, z) / _horner(_Q, z))
-    half_pi = np.pi / 2
-    return jnp.where(near, half_pi - arcsin, jnp.where(c > 0, 2 * arcsin, np.pi - 2 * arcsin))
+    return jnp.where(near, arcsin, jnp.sign(c) * (np.pi / 2 - 2 * arcsin))
 
 
-@_angle.defjvp
-def _angle_jvp(rounded, primals, tangents):
+@_latitude.defjvp
+def _latitude_jvp(primals, tangents):
     (s, c), (ds, dc) = primals, tangents
-    return _angle(rounded, s, c), (c * ds - s * dc) / (s * s + c * c)
+    return _latitude(s, c), (s * dc - c * ds) / (s * s + c * c)

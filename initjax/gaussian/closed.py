@@ -17,7 +17,7 @@ import numpy as np
 
 from initjax.gaussian import powers
 from initjax.gaussian.activation import Activation
-from initjax.gaussian.angle import angle
+from initjax.gaussian.angle import angle, latitude
 
 PI = np.pi
 
@@ -213,35 +213,31 @@ def _wave(at) -> list[tuple[str, tuple]]:
 # -- duals -----------------------------------------------------------------------------------------------------------
 
 
-def _theta(xp, c, s):
-    return angle(xp, s, c)
-
-
 def _latitude(xp, cross, rest, x, y):
     """arctan2(cross, rest), where cross^2 + rest^2 = (1 + x)(1 + y) and rest > 0."""
     if xp is np:
         return np.arctan2(cross, rest)
     inverse = 1 / xp.sqrt(1 + x) * (1 / xp.sqrt(1 + y))  # of rows and columns, before it is of pairs
-    return PI / 2 - angle(xp, rest * inverse, cross * inverse, rounded=True)
+    return latitude(xp, rest * inverse, cross * inverse)
 
 
 def _ramp(xp, p, r, q1, q2, c, s):
     # f = (a+b)/2 x + (a-b)/2 |x|
     even, odd = (p[0] - p[1]) * (r[0] - r[1]) / 4, (p[0] + p[1]) * (r[0] + r[1]) / 4
     norm = xp.sqrt(q1) * xp.sqrt(q2)
-    return norm * (odd * c + even * (2 / PI) * (s + c * (PI / 2 - _theta(xp, c, s))))
+    return norm * (odd * c + even * (2 / PI) * (s + c * latitude(xp, s, c)))
 
 
 def _step(xp, p, r, q1, q2, c, s):
     mean, half = (p[0] + p[1]) * (r[0] + r[1]) / 4, (p[0] - p[1]) * (r[0] - r[1]) / 4
-    return mean + half * (2 / PI) * (PI / 2 - _theta(xp, c, s)) + 0 * (q1 + q2)
+    return mean + half * (2 / PI) * latitude(xp, s, c) + 0 * (q1 + q2)
 
 
 def _quadratic(xp, p, r, q1, q2, c, s):
     # x^2 and x|x|; E[relu^2 relu^2] = (E[x^2 y^2] + E[x|x| y|y|]) / 4 = q1 q2 J2 / (2 pi)
     even, odd = (p[0] + p[1]) * (r[0] + r[1]) / 4, (p[0] - p[1]) * (r[0] - r[1]) / 4
     squares = 1 + 2 * c * c
-    signed = (2 / PI) * (3 * s * c + (PI - _theta(xp, c, s)) * squares) - squares
+    signed = (2 / PI) * (3 * s * c + (PI - angle(xp, s, c)) * squares) - squares
     return q1 * q2 * (even * squares + odd * signed)
 
 

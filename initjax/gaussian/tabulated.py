@@ -24,7 +24,7 @@ from initjax.gaussian.matrix import _interpolation
 from initjax.gaussian.tile import CUT, closed_form, table_of
 
 _STEP = 4  # ends of tables are whole fractions of an octave, one step beyond the variances met
-_CHUNK = 16  # terms of Horner's rule in one pass over a tile
+_CHUNK = 8  # terms of Horner's rule in one pass over a tile
 _WIDEST = 40  # octaves that a table may span
 
 
@@ -106,7 +106,7 @@ def duals(pairs: list[tuple[Any, Any]], q1, q2, k) -> list:
             _look(q2, ends)
 
     def all_at_once(q1, q2, k):
-        raw = k / (_root(q1) * _root(q2))
+        raw = k * (1 / _root(q1) * (1 / _root(q2)))
         c = jnp.where(jnp.abs(raw) > 1 - SNAP, jnp.sign(raw), raw)
         s, out = jnp.sqrt((1 - c) * (1 + c)), []
         for (f, g), form in zip(acts, forms, strict=True):
@@ -114,11 +114,11 @@ def duals(pairs: list[tuple[Any, Any]], q1, q2, k) -> list:
             out.append(jnp.broadcast_to(dual, k.shape))
         return out
 
-    return apart(all_at_once, q1, q2, k)
+    return apart(all_at_once, [k.shape] * len(acts), q1, q2, k)
 
 
-def apart(function, *arrays):
-    """`function(*arrays)`, compiled as a computation of its own.
+def apart(function, shapes: list[tuple[int, ...]], *arrays) -> list:
+    """The list `function(*arrays)` of arrays of these shapes, compiled as a computation of its own.
 
     XLA computes cheap producers again for each of their users, through all layers if nothing stops it. It stops at the
     branches of a condition, here one that holds, which it does not know.
@@ -126,10 +126,8 @@ def apart(function, *arrays):
     ranges = _current.get()
     if ranges is None or ranges.holds is None:
         return function(*arrays)
-    shapes = jax.eval_shape(function, *arrays)
-    return jax.lax.cond(
-        ranges.holds, function, lambda *_: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), *arrays
-    )
+    nothing = lambda *_: [jnp.zeros(shape, arrays[-1].dtype) for shape in shapes]  # noqa: E731
+    return jax.lax.cond(ranges.holds, function, nothing, *arrays)
 
 
 def _root(q):

@@ -147,7 +147,9 @@ def convolved(value, windows: Windows, x: Axes, y: Axes, mode: Mode):
     for axis, steps in windows:
         sides = [axis] + ([len(x) + axis] if mode.apart(y[axis]) else [])
         if is_traced(value):
-            value = tabulated.apart(functools.partial(_padded_sum, sides=sides, steps=steps), value)
+            shape = tuple(steps[0].size if i in sides else n for i, n in enumerate(value.shape))
+            summed = functools.partial(_padded_sum, sides=sides, steps=steps)
+            (value,) = tabulated.apart(lambda v, summed=summed: [summed(v)], [shape], value)
         else:
             value = _shifted_sum(value, sides, steps)
     return value

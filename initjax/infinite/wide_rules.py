@@ -36,7 +36,7 @@ def rule_for(wide: Wide, eqn) -> Any:
         return RULES[name]
     shapes = [tuple(v.aval.shape) for v in eqn.invars]
     inner = Equation(eqn.primitive, eqn.params, tuple(range(len(shapes))), tuple(range(len(eqn.outvars))), "")
-    if len(eqn.outvars) == 1 and is_pointwise(inner, shapes, tuple(eqn.outvars[0].aval.shape)):
+    if name in _LINEAR or len(eqn.outvars) == 1 and is_pointwise(inner, shapes, tuple(eqn.outvars[0].aval.shape)):
         return elementwise
     return _unknown
 
