@@ -109,11 +109,17 @@ def test_singular_values_of_random_networks_follow_the_law(weights):
         ((jax.nn.gelu, 2.5, 0.1, 4), "diverges"),
         ((jnp.tanh, 1.5, 0.1, 1, "orthogonal"), "depth = 1"),
         ((jnp.sign, 1.0, 0.1, 3), "slope"),
+        ((jnp.tanh, 1.0, 0.1, 2.5), "whole numbers"),
+        ((jnp.tanh, 1.0, 0.1, -1), "whole numbers"),
+        ((lambda x: jnp.sign(x) * jnp.abs(x) ** 0.75, 1.0, 0.0, 3, "gaussian", 1.0), "mu_2"),  # E 1/|z| diverges
+        ((lambda x: jnp.exp(x * x / 6), 1.0, 0.0, 3, "gaussian", 1.0), "mu_2"),  # phi'^4 beats the Gaussian
     ],
 )
 def test_what_is_refused(arguments, text):
     if text is None:  # a scale-invariant network needs no fixed point
         assert np.isfinite(ij.jacobian_spectrum(*arguments).edge)
         return
-    with pytest.raises(ij.InputError, match=text):
-        ij.jacobian_spectrum(*arguments)
+    *positional, q = arguments if len(arguments) == 6 else (*arguments, None)
+    with pytest.raises(ij.InputError, match=text) as error:
+        ij.jacobian_spectrum(*positional, q=q)
+    assert all(error.value.parts)

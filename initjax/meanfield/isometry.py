@@ -13,7 +13,7 @@ import numpy as np
 
 from initjax.errors import InputError, QuadratureError
 from initjax.gaussian.activation import Activation, as_activation
-from initjax.gaussian.expect import check_q, gaussian_rule
+from initjax.gaussian.expect import check_q, gaussian_rule, host_rule
 from initjax.gaussian.nodes import legendre
 from initjax.meanfield.fixed import check_sigma, fixed_point
 from initjax.meanfield.freeprob import Curve, Law, density_at, edges, followed, traced
@@ -78,7 +78,7 @@ def jacobian_spectrum(phi, sigma_w, sigma_b=0.0, depth=1, weights="gaussian", *,
     ------
     InputError : unknown `weights`, depth < 1, a variance that diverges (pass q), phi' = 0 everywhere; depth 1 with
         orthogonal weights and a smooth phi, whose spectrum is that of sigma_w^2 phi'(h)^2 itself.
-    QuadratureError : a density that could not be followed.
+    QuadratureError : E[phi'^4] is infinite; a density that could not be followed.
 
     Accuracy
     --------
@@ -110,6 +110,7 @@ def jacobian_spectrum(phi, sigma_w, sigma_b=0.0, depth=1, weights="gaussian", *,
     w, b, depth = np.broadcast_arrays(w, b, _check_depth(depth))
     shape, w, depth = w.shape, w.ravel(), depth.ravel()
     q = np.broadcast_to(_settled(act, w, b.ravel()) if q is None else check_q(q), w.shape).astype(np.float64)
+    _check_moments(act, q)
     x, weight = _slopes(act, q)
     law = Law(x, weight, 2 * np.log(w), depth, np.full(w.shape, float(weights == "orthogonal")))
     mu_1, mu_2 = (np.sum(weight * x**k, axis=1) for k in (1, 2))
@@ -162,6 +163,20 @@ def _check_slope(act, w, mu_1) -> None:
             "otherwise the Jacobian is zero.",
             "use another activation or weight scale.",
         )
+
+
+def _check_moments(act: Activation, q: np.ndarray) -> None:
+    """Refuse activations without a mu_2: the spectrum then has no variance, and quadrature would make one up."""
+    try:
+        host_rule(act, lambda u, f, slope: [slope**2, slope**4], np.unique(q), 2)
+    except QuadratureError as error:
+        raise QuadratureError(
+            f"mu_2 = E[phi'^4] of {act.name}: {error.given}",
+            "activations for which E[phi'^2] and E[phi'^4] are finite.",
+            "the variance of the spectrum is L (mu_2 / mu_1^2 - 1 - s); a slope that is infinite at a point, or grows "
+            "too fast, has none.",
+            "bound the slope (ij.Activation of a smoothed function), or use a smaller q.",
+        ) from error
 
 
 def _slopes(act: Activation, q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
