@@ -7,9 +7,9 @@ the density each, for Gaussian and orthogonal weights. Errors are the largest ov
 the first two moments against their closed forms.
 
 Measured: the Jacobian of one tanh network of 50 layers of 4096 units (3.4 GB of weights) from products alone, four
-probes of 32 steps; to form J would take 4096 backward passes. Peak memory is that of the process up to there. Beside each moment
-stands the law of infinite width; `mean_error` is over the four probes of this one network. The peer is one jitted
-gradient of the same network, the least that a product costs.
+probes of 32 steps; to form J would take 4096 backward passes. Peak memory is that of the process up to there. Beside
+each moment stands the law of infinite width; `mean_error` is over the four probes of this one network. The peer is one
+jitted gradient of the same network, the least that a product costs.
 """
 
 import argparse
