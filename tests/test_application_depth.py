@@ -237,7 +237,7 @@ class Plain(nn.Module):
                 nn.relu(x)
             )
             if self.gamma:
-                h = h * self.param(f"gamma{i}", nn.initializers.zeros, (self.width,), jnp.float32)
+                h = h * self.param(f"gamma{i}", nn.initializers.zeros, (1, self.width), jnp.float32)
             x = x + (h if self.alpha == 1 else self.alpha * h)
             x = nn.relu(x) if self.after else x
         return nn.Dense(1, name="head")(x)

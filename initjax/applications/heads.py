@@ -180,10 +180,10 @@ def cross_entropy(classes, variance) -> Any:
             f"variance = {variance!r}", "finite numbers >= 0", "it is a variance", "the square of a standard deviation"
         )
     values, where = np.unique(v.round(14), return_inverse=True)
-    if values.size > 256:  # a smooth function of the standard deviation: interpolate between Chebyshev nodes
+    if values.size > 48:  # a smooth function of the standard deviation: interpolate between Chebyshev nodes
         low, high = np.sqrt(values[[0, -1]])
-        nodes = (low + high) / 2 - (high - low) / 2 * np.cos(np.pi * (np.arange(48) + 0.5) / 48)
-        fit = np.polynomial.chebyshev.Chebyshev.fit(nodes, _log_sum(c, nodes**2), 47, domain=[low, high])
+        nodes = (low + high) / 2 - (high - low) / 2 * np.cos(np.pi * (np.arange(32) + 0.5) / 32)
+        fit = np.polynomial.chebyshev.Chebyshev.fit(nodes, _log_sum(c, nodes**2), 31, domain=[low, high])
         return fit(np.sqrt(v))
     return _log_sum(c, values)[where].reshape(v.shape)
 

@@ -122,7 +122,8 @@ def growth(depth, alpha=1.0) -> float:
             "growth(10, 1.0)",
         )
     with np.errstate(over="ignore"):
-        return float(np.exp(int(depth) * np.log1p(np.float64(alpha) ** 2)))
+        square = np.float64(alpha) ** 2
+        return float(np.exp(depth * np.log1p(square)) if square < 1e-3 else (1 + square) ** int(depth))
 
 
 def report(model, x, *, key, seeds=16, apply_kwargs=None, rngs=None) -> ResidualReport:
