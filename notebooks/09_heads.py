@@ -70,6 +70,8 @@ quadratic = [report.quadratic_loss for report in predicted["xavier"]]
 left.plot(fine, quadratic, color="#D55E00", ls=":", label="xavier, log C + v (1 - 1/C) / 2")
 left.axhline(np.log(C), color="0.6", ls="--", lw=0.8, label="log C")
 left.set(xlabel="scale of the features", ylabel="first cross-entropy", xscale="log", ylim=(2, 12))
+left.set_xticks(scales, [f"{scale:g}" for scale in scales])
+left.minorticks_off()
 _ = left.legend(fontsize=8)
 
 # %% [markdown]
@@ -97,8 +99,11 @@ mean, error = np.array(measured).T
 figure, right = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
 right.errorbar(counts, mean, error, fmt="o", color="#D55E00", label=f"measured, {DRAWS} draws")
 right.plot(counts, theory, color="#0072B2", label="predicted, sqrt(T)")
-right.set(xlabel="number of equal tasks T", ylabel="trunk gradient, root mean square, relative to one task")
+right.set(xlabel="number of equal tasks T", ylabel="trunk gradient (rms), relative to one task")
 right.set(xscale="log", yscale="log")
+right.set_xticks(counts, [f"{count}" for count in counts])
+right.set_yticks([1, 2, 4], ["1", "2", "4"])
+right.minorticks_off()
 _ = right.legend()
 print("predicted growth", np.round(theory, 3), "measured", np.round(mean, 3))
 

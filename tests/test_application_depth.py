@@ -280,7 +280,7 @@ def test_zero_gamma_is_the_identity_and_silences_the_branches():
         gradients = jax.grad(loss)(params)
         biggest.append(float(jnp.abs(gradients["params"]["branch1"]["kernel"]).max()))
         params = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients)
-    assert biggest[0] == 0 < biggest[1] < biggest[2]  # the first step moves gamma alone
+    assert biggest[0] == 0 < min(biggest[1:])  # the first step moves gamma alone
 
 
 def test_a_relu_after_the_sum_is_no_identity():
