@@ -259,6 +259,9 @@ def crosses(pairs: list[tuple[Expr, Expr]], q1, q2, k) -> list:
         return [cross(f, g, q1, q2, k) for f, g in pairs]
     functions = [(f.fn, g.fn) for f, g in pairs]
     if not is_traced(q1, q2, k):
+        if not (np.all(q1 > 0) and np.all(q2 > 0)):  # a field that vanishes, up to rounding
+            bound = np.sqrt(q1) * np.sqrt(q2)
+            k = np.clip(k, -bound, bound)
         return duals(functions, q1, q2, k)
     if tabulated.served():
         return tabulated.duals(functions, q1, q2, k)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from initjax.trace.domain import Atom, Base, Ew, Lin, Noise, Product, Sum, Tangent, Taps, Windows, is_zero
-from initjax.trace.graph import parts_of, reachable, sources
+from initjax.trace.graph import carries, parts_of, reachable, sources
 from initjax.trace.maps import Axes, Box, Relayout, Window
 
 
@@ -196,9 +196,10 @@ class Block:
         for atom, c in terms:
             if isinstance(atom, Lin) and atom.map.commutes and isinstance(atom.source, Sum) and isinstance(c, float):
                 if is_zero(atom.source.constant) and all(isinstance(k, float) for _, k in atom.source.terms):
-                    groups.setdefault((atom.map, atom.source.axes, atom.axes, atom.tangent), []).append((atom, c))
+                    kind = atom.tangent and carries(atom)  # statistics of the batch stay apart from other tangents
+                    groups.setdefault((atom.map, atom.source.axes, atom.axes, atom.tangent, kind), []).append((atom, c))
         out, done = [], set()
-        for (step, inner, axes, tangent), members in groups.items():
+        for (step, inner, axes, tangent, _), members in groups.items():
             if len(members) < 2:
                 continue
             key = ("lin", *((id(atom), c) for atom, c in members))

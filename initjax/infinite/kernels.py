@@ -41,7 +41,7 @@ class Layer:
         first layer, from the input) to this one: sigma_w^2 E[phi'^2] in a plain network. Above 1 signals and gradients
         explode, below 1 they vanish. NaN where no perturbation of the input arrives.
     gradient : (n1,), E|dy/du|^2, squared norm of the gradient of one output unit with respect to this layer's units;
-        NaN for weights that are used more than once or at several positions.
+        NaN for weights that are used more than once or at several positions, or where examples are coupled.
     """
 
     name: str = dataclasses.field(metadata={"static": True})
@@ -74,6 +74,8 @@ class Kernel:
     notes : where the limit of infinite width is a rough description of this network.
     particles : 0 for an exact kernel, else how many random channels stand for every layer's infinitely many.
     forced_by : the layers that are outside the exact theory; empty for an exact kernel.
+    batch_rank : where statistics of the batch were taken at their expectation, layer before them -> effective rank r
+        of the batch there; the relative error is of the order 1 / r. Empty otherwise.
     """
 
     nngp: Any
@@ -85,15 +87,18 @@ class Kernel:
     notes: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
     particles: int = dataclasses.field(default=0, metadata={"static": True})
     forced_by: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+    batch_rank: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def exact(self) -> bool:
-        """Whether the entries are exact rather than estimates with a standard error."""
-        return self.standard_error is None
+        """Whether the entries are exact: no estimates with a standard error, no limit of a large batch."""
+        return self.standard_error is None and not self.batch_rank
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, np.shape(self.nngp)))
-        how = "exact" if self.exact else f"estimated with {self.particles} particles, because of {self.forced_by[0]}"
+        how = "exact" if self.exact else "in the limit of a large batch"
+        if self.standard_error is not None:
+            how = f"estimated with {self.particles} particles, because of {self.forced_by[0]}"
         return f"Kernel({shape}, {len(self.layers)} layers, {len(self.leaves)} leaves, {how})"
 
 
@@ -112,17 +117,22 @@ class KernelFunction:
         self.weights, self.eta = weights, eta
         self.refusal: UnsupportedLayerError | None = None
         self._particles: Particles | None = None
+        self._large_batch = False
         self._programs: dict[tuple, Program] = {}
         self._sizes: dict[tuple, dict] = {}  # bytes of one pair of examples, by what is computed
         self._routes: dict[tuple, Route] = {}
 
     def __repr__(self) -> str:
-        how = "exact" if self._particles is None else "estimated"
+        how = "exact" if self.refusal is None else "large batch" if self._large_batch else "estimated"
         return f"KernelFunction({type(self._model).__name__}, {len(self.weights)} leaves, {how})"
 
     def estimate_by(self, particles: Particles, refusal: UnsupportedLayerError) -> None:
         """Take estimates instead of exact rules from now on, because of `refusal`."""
         self._particles, self.refusal = particles, refusal
+
+    def average_by_batch(self, refusal: UnsupportedLayerError) -> None:
+        """Take statistics of the batch at their expectation from now on, because of `refusal`."""
+        self._large_batch, self.refusal = True, refusal
 
     def __call__(self, x1, x2=None, *, get=PARTS, memory=None, dtype=None, compiled=None) -> Kernel:
         """Kernels between two batches.
@@ -145,7 +155,7 @@ class KernelFunction:
         Raises
         ------
         InputError : inputs the model cannot be called on, complex, NaN or infinite; an unknown part; a budget that does
-            not hold the results and one pair of examples.
+            not hold the results and one pair of examples; traced inputs where statistics of the batch are averaged.
         """
         same = x2 is None
         batches = (x1,) if same else (x1, x2)
@@ -155,6 +165,13 @@ class KernelFunction:
         kind = (_parts(get), *(tuple(np.shape(leaf)[1:] for leaf in jax.tree.leaves(batch)) for batch in batches))
         if self._particles is not None:
             return self._estimated(batches, kind[0], _dtype(dtype))
+        if self._large_batch and is_traced(*batches):
+            raise InputError(
+                "inputs that are traced by jax.jit, grad or vmap, for a model with statistics of a large batch",
+                "concrete arrays",
+                "whether the batch is large is told by its effective rank, which has to be known",
+                "call the kernel function outside of jax.jit",
+            )
         if not is_traced(*batches):
             return self._concrete(batches, kind, memory, _dtype(dtype), compiled)
         dtype = jnp.result_type(*[leaf for leaf in jax.tree.leaves(batches) if is_traced(leaf)])
@@ -163,10 +180,11 @@ class KernelFunction:
             kernel = self._compute(walks[0], None if same else walks[1], kind, memory, np.float64, True)
             return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), kernel)
 
-    def walk(self, x, mean=None) -> Walked:
+    def walk(self, x, mean=None, judges: bool = True) -> Walked:
         """The model's values on a batch, before any moment is computed; raises UnsupportedLayerError.
 
-        mean : expectation of a body, where the program depends on it (norms).
+        mean : expectation of a body, where the program depends on it (norms). judges : whether statistics over a batch
+            of low effective rank are refused.
         """
         leaves = jax.tree.leaves(x)
         leaves = [leaf if is_traced(leaf) else np.asarray(leaf) for leaf in leaves]
@@ -184,7 +202,9 @@ class KernelFunction:
                 except Exception as error:  # the model itself cannot be called on these inputs
                     raise cannot_call(self._model, x, {}, error) from error
                 raise
-        return Walk(self._programs[key], mean or Moments(self.weights).expectation).run(leaves)
+        moments = Moments(self.weights)
+        spread = moments.spread if self._large_batch else None
+        return Walk(self._programs[key], mean or moments.expectation, spread, judges).run(leaves)
 
     def _estimated(self, batches: tuple, get: tuple[str, ...], dtype) -> Kernel:
         assert self._particles is not None and self.refusal is not None
@@ -205,7 +225,8 @@ class KernelFunction:
         why = f"{self.refusal.given}: {self.refusal.why}"
         bias = f"estimated: hidden layers of {found.width} channels leave a bias of order 1/{found.width}"
         return Kernel(
-            **means,
+            nngp=means["nngp"],
+            ntk=means["ntk"],
             layers=tuple(layers),
             leaves={name: mean(leaf) for name, leaf in shown.items()},
             standard_error=StandardError(**errors, leaves={name: error(leaf) for name, leaf in shown.items()}),
@@ -217,7 +238,7 @@ class KernelFunction:
 
     def _concrete(self, batches: tuple, kind, memory, dtype, compiled) -> Kernel:
         leaves = [[np.asarray(leaf) for leaf in jax.tree.leaves(batch)] for batch in batches]
-        route = self._route(batches, leaves, kind[0]) if compiled is not False else None
+        route = self._route(batches, leaves, kind[0]) if compiled is not False and not self._large_batch else None
         if route is not None:
             found = route.ready(leaves[0], leaves[1] if len(leaves) > 1 else None, memory, dtype)
             if found is not None:
@@ -244,10 +265,19 @@ class KernelFunction:
     def _compute(self, first: Walked, second: Walked | None, kind, memory, dtype, traced, by_tiles=None) -> Kernel:
         sizes = self._sizes.setdefault(kind, {})
         found = evaluate(first, second, self.weights, self.eta, kind[0], memory, dtype, traced, sizes, by_tiles)
-        return self._told(found, first.notes)
+        ranks = dict(first.ranks)
+        for name, rank in (second.ranks if second is not None else {}).items():
+            ranks[name] = min(rank, ranks[name])
+        return self._told(found, first.notes, ranks)
 
-    def _told(self, found: dict[str, Any], walked: list[str]) -> Kernel:
+    def _told(self, found: dict[str, Any], walked: list[str], ranks: dict[str, float] | None = None) -> Kernel:
+        ranks = ranks or {}
         notes = tuple(s.note for s in self.weights if s.note) + tuple(walked)
+        notes += tuple(
+            f"{name}: the mean square deviation over the batch is taken at its expectation; the effective rank of the "
+            f"batch is {rank:.3g} there, which leaves a relative error of the order of {1 / rank:.1g}"
+            for name, rank in ranks.items()
+        )
         layers, previous = [], 1.0
         for name, of in found.get("layers", {}).items():
             missing = np.full(np.shape(of["q"]), np.nan)
@@ -256,7 +286,15 @@ class KernelFunction:
             gradient = missing if of["gradient"] is None else of["gradient"]
             layers.append(Layer(name, of["q"], of["correlation"], chi, gradient))
         leaves = found.get("leaves", {})
-        return Kernel(found.get("nngp"), found.get("ntk"), tuple(layers), leaves, None, self.eta, notes)
+        return Kernel(
+            nngp=found.get("nngp"),
+            ntk=found.get("ntk"),
+            layers=tuple(layers),
+            leaves=leaves,
+            eta=self.eta,
+            notes=notes,
+            batch_rank=ranks,
+        )
 
 
 def kernel_fn(
@@ -292,6 +330,8 @@ def kernel_fn(
     on_unsupported : "raise": refuse what is not exact. "monte_carlo": estimate it, with a standard error for every
         entry (softmax attention, max-pooling, LSTM and GRU, activations after a residual sum, ...). Exact models stay
         exact; what has no limit of infinite width (W with W^T, token mixing, fixed matrices on channels) is refused.
+        "large_batch": BatchNorm in training mode with the variance over the batch at its expectation, the limit in
+        which the effective rank of the batch is large (`Kernel.batch_rank`); low rank and all else are refused.
     key : random key of the estimate; None for the same one in every call.
     particles : random channels that stand for every layer's infinitely many; the standard error falls as the root.
 
@@ -327,10 +367,10 @@ def kernel_fn(
     Lee et al. 2018 (arXiv:1711.00165), Jacot et al. 2018 (arXiv:1806.07572), Yang 2019 (arXiv:1910.12478) and 2020
     (arXiv:2006.14548): Gaussian process, NTK, and the programs for which both hold.
     """
-    if on_unsupported not in ("raise", "monte_carlo"):
+    if on_unsupported not in ("raise", "monte_carlo", "large_batch"):
         raise InputError(
             f"on_unsupported = {on_unsupported!r}",
-            '"raise" or "monte_carlo"',
+            '"raise", "monte_carlo" or "large_batch"',
             "it says what to do where the exact theory ends",
             'leave it at "raise"',
         )
@@ -344,6 +384,11 @@ def kernel_fn(
     except UnsupportedLayerError as error:
         if on_unsupported == "raise":
             raise _with_remedy(error, estimator, example) from error.__cause__
+        if on_unsupported == "large_batch":
+            kernel.average_by_batch(error)
+            concrete = all(a is b for a, b in zip(jax.tree.leaves(example), jax.tree.leaves(inputs), strict=True))
+            _check_output(kernel.walk(example, judges=concrete).output.shape)
+            return kernel
         estimator.check(example)
         kernel.estimate_by(estimator, error)
         _check_output(functional.abstract_output.shape)

@@ -53,6 +53,7 @@ from initjax.infinite.modes import (
     taken,
     with_diagonal,
 )
+from initjax.infinite.statistics import is_map, maps_of, mixed, split_parts
 from initjax.trace.domain import Atom, Base, Ew, Lin, Noise, Product, Sum, Tangent, Taps, is_zero
 from initjax.trace.expr import VARIABLE, Expr
 from initjax.trace.graph import carries, factors_of, pairing, parts_of, reachable, related, sources
@@ -124,6 +125,12 @@ class Moments:
                 return block.mean_of(moved)
         self.run(plan, plan)
         return self.mean_of(body)
+
+    def spread(self, body: Sum) -> tuple[Any, Any]:
+        """E[body] and its variance, for a body with one position."""
+        mean = self.expectation(body)
+        second = self.variance(body)
+        return mean, second if mean is None else second - mean**2
 
     def _remember(self, kind, mode: Mode, x, y, compute):
         key = (kind, mode, id(x), id(y))
@@ -212,7 +219,8 @@ class Moments:
 
     def variance(self, u: Sum):
         """E[u(p)^2] over the positions of u; own moments only."""
-        return filled(self.flat(self.moment(u, u, SAME), u.axes), u.axes)
+        value = filled(self.flat(self.moment(u, u, SAME), u.axes), u.axes)
+        return value if is_traced(value) else np.maximum(value, 0.0)  # rounding, where a mean is subtracted twice
 
     def flat(self, value, axes: Axes):
         """A same-position moment over the positions of its body."""
@@ -445,12 +453,26 @@ class Moments:
         return {leaf: value for leaf, value in found.items() if value is not None}
 
     def _masked(self, x: Tangent, y: Tangent, mode: Mode) -> Leaves:
-        """Tangents with draws in front, which are independent of all the rest."""
+        """Tangents with draws in front, or statistics of the batch: independent of all the rest, or as good as."""
+        ours, theirs = (self._remember("apart", SAME, z, z, lambda z, *_: split_parts(z)) for z in (x, y))
         out: dict[str, Total] = {}
-        for c, g in x.parts:
-            for d, h in y.parts:
-                weight = self._coefficients(c, d, x, y, mode)
-                for leaf, value in self.tangents(self._as_tangent(g), self._as_tangent(h), mode).items():
+        if any(statistic for _, _, statistic in ours + theirs):
+            if not mode.sites:
+                return self._taken(self.tangents, self._tangents, x, y, mode)
+            for k, values in maps_of(self, x, y, mode, ours, theirs):
+                for leaf, value in values.items():
+                    out.setdefault(leaf, Total()).add(value, k)
+            ours, theirs = ([part for part in parts if not is_map(part)] for parts in (ours, theirs))
+        for one in ours:
+            for other in theirs:
+                (c, g, statistic), (d, h, _) = one, other
+                if statistic != other[2]:
+                    for leaf, value in mixed(self, one, other, mode).items():
+                        out.setdefault(leaf, Total()).add(value)
+                    continue
+                found = self.tangents(self._as_tangent(g), self._as_tangent(h), mode)
+                weight = self._coefficients(c, d, x, y, mode) if found else None
+                for leaf, value in found.items():
                     out.setdefault(leaf, Total()).add(value, weight)
         shape = shape_of(mode, x.axes, y.axes)
         found = {leaf: total.full(shape) for leaf, total in out.items()}

@@ -53,7 +53,7 @@ class Batch:
 
     def __init__(self, walked: Walked, leaves, get):
         self.leaves, self.n, self.draws = leaves, walked.output.shape[0], walked.draws
-        self._nngp = "nngp" in get
+        self._nngp, self.coupled = "nngp" in get, bool(walked.ranks)
         self._tangent = [walked.tangent.body] if walked.tangent is not None and {"ntk", "leaves"} & set(get) else []
         self._layers = walked.layers if "layers" in get else {}
         self._tangents = walked.tangents if "layers" in get and self._tangent else {}
@@ -193,7 +193,7 @@ class _Parts:
         if "layers" not in self.get:
             return
         self.result["layers"] = {}
-        kernels = _single_uses(ours[0], self.leaves)
+        kernels = {} if self.one.coupled else _single_uses(ours[0], self.leaves)
         for name in ours[0].layers:
             q = _joined([layer_variance(side, name) for side in ours])
             q2 = q if theirs is ours else _joined([layer_variance(side, name) for side in theirs])

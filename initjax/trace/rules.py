@@ -10,6 +10,7 @@ import numpy as np
 
 from initjax.trace import expr as ex
 from initjax.trace.align import MEASURE, aligned, name_of, zeros
+from initjax.trace.batch import over_examples, pieces, separated
 from initjax.trace.domain import Atom, Base, Const, Ew, Field, Lin, Product, Sum, Tangent, is_zero
 from initjax.trace.graph import carries
 from initjax.trace.noise import depends_on, given, mask_in, noise_of, only_draws
@@ -153,12 +154,13 @@ def _why_no_leaf(walk: Walk, sums: list[Sum]) -> tuple[str, str]:
             "over many entries",
             f"initialise {name} with jax.nn.initializers.normal or with zeros",
         )
-    if any(_over_examples(atom) for atom in atoms):
+    if any(map(over_examples, atoms)):
         return (
             "mean and variance over the batch (BatchNorm in training mode) are random numbers of every channel, and "
             "couple all examples: what follows is a function of as many Gaussians as the batch has positions",
-            "use the running averages (use_running_average=True); or on_unsupported='monte_carlo', which takes the "
-            "statistics of the batch that is given",
+            "take these at their expectation, the limit of a large batch, with on_unsupported='large_batch'; use the "
+            "running averages (use_running_average=True); or on_unsupported='monte_carlo', which takes the statistics "
+            "of the batch that is given",
         )
     if any(not isinstance(s.constant, float) for s in sums) or any(
         isinstance(a, Ew) and not isinstance(c, float) for s in sums for a, c in s.terms
@@ -173,18 +175,6 @@ def _why_no_leaf(walk: Walk, sums: list[Sum]) -> tuple[str, str]:
         "sum with activations); only functions of one Gaussian pre-activation are exact here",
         "apply the nonlinearity before the sum (pre-activation residual); or " + MEASURE,
     )
-
-
-def _over_examples(atom: Atom) -> bool:
-    """Whether an atom holds a sum over the first axis, that of the examples."""
-    if isinstance(atom, Product):
-        return any(_over_examples(a) for side in (atom.left, atom.right) for a, _ in side.terms)
-    if isinstance(atom, Ew):
-        return any(_over_examples(a) for a, _ in atom.leaf.terms)
-    if not isinstance(atom, Lin) or not isinstance(atom.source, Sum):
-        return False
-    summed = atom.map.kind == "sum" and 0 in atom.map.parameters and atom.source.axes[0].size > 1
-    return summed or any(_over_examples(a) for a, _ in atom.source.terms)
 
 
 def _odd_bias(atom: Atom) -> Base | None:
@@ -298,18 +288,31 @@ def times_tangent(walk: Walk, tangent: Tangent, factor: Sum, near: str) -> Tange
     parts = []
     carried = any(carries(atom) for _, g in tangent.parts for atom, _ in g.terms)
     draws = only_draws(factor) and all(c is None or only_draws(c) for c, _ in tangent.parts)
+    refusal = walk.refuse(
+        near,
+        "the derivative of a nonlinearity after a position average of activations depends on several Gaussians",
+        MEASURE,
+    )
+    if carried and not draws:
+        if walk.spread is None:
+            raise refusal
+        tangent = separated(walk, tangent)
     for c, g in tangent.parts:
-        if carried and not draws:
-            raise walk.refuse(
-                near,
-                "the derivative of a nonlinearity after a position average of activations depends on several Gaussians",
-                MEASURE,
-            )
+        statistic = carried and not draws and any(carries(atom) for atom, _ in g.terms)
+        if statistic and pieces(g) is None:
+            raise refusal
         # a known factor goes to the coefficient, where the same factor stands in the primal field
         h, known = walk.arena.unscaled(g)
         own = scaled(walk, factor, known)
-        parts.append((own if c is None else product(walk, c, own, near), h))
+        coefficient = own if c is None else product(walk, c, own, near)
+        if statistic and not (coefficient.gaussian or len(coefficient.terms) == 1 and _is_function(coefficient)):
+            raise refusal
+        parts.append((coefficient, h))
     return Tangent(tangent.axes, tuple(parts))
+
+
+def _is_function(body: Sum) -> bool:
+    return isinstance(body.terms[0][0], Ew) and is_zero(body.constant)
 
 
 def _weight_times(walk: Walk, left, right):

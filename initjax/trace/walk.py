@@ -69,6 +69,7 @@ class Walked:
     tangents : name of the layer -> the tangent of that output.
     notes : approximations that the user should know of.
     draws : whether the program draws random numbers as it runs.
+    ranks : for each set of batch statistics taken at their expectation, the layer before it -> effective rank.
     """
 
     output: Field
@@ -77,15 +78,23 @@ class Walked:
     tangents: dict[str, Tangent]
     notes: list[str]
     draws: bool = False
+    ranks: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Walk:
-    """State of one walk: values by number, uses of every weight leaf, layers met."""
+    """State of one walk: values by number, uses of every weight leaf, layers met.
 
-    def __init__(self, program: Program, mean: Callable[[Sum], Any]):
+    mean : expectation of a primal body at every position: sums over channels become numbers.
+    spread : expectation and variance of a body at its one position, to take the statistics of a large batch at their
+        expectation; None: these are refused. judges : whether batches of low effective rank are refused.
+    """
+
+    def __init__(self, program: Program, mean: Callable[[Sum], Any], spread: Callable | None = None, judges=True):
         body = dataclasses.replace(program.body, avals=dict(program.body.avals))  # steps add values of their own
         self.program = dataclasses.replace(program, body=body)
-        self.mean = mean  # expectation of a primal body at every position: sums over channels become numbers
+        self.mean, self.spread, self.judges = mean, spread, judges
+        self.ranks: dict[str, Any] = {}
+        self.settled: dict[int, tuple] = {}  # statistics of the batch at their expectation
         self.arena = Arena()
         self.doubts: dict[int, UnsupportedLayerError] = {}
         self.averaged: UnsupportedLayerError | None = (
@@ -222,11 +231,12 @@ class Walk:
             if isinstance(atom, Base) and atom.kind == "vector":
                 self.use_vector(atom.view, atom.axes, atom.layer)
         draws = any(equation.name == "random_bits" for equation in body.equations)
-        return Walked(output, tangent, self.layers, self.tangents, list(self.notes.values()), draws)
+        return Walked(output, tangent, self.layers, self.tangents, list(self.notes.values()), draws, self.ranks)
 
     def _results(self, operands: list) -> list:
         """What the current equation makes of its operands, or its refusal."""
         from initjax.trace.align import const_rule
+        from initjax.trace.batch import averaged
         from initjax.trace.concat import cat_rule
         from initjax.trace.rules import RULES, nonlinear
 
@@ -241,6 +251,8 @@ class Walk:
                 self.note(
                     "given draw", "a draw that meets known arrays (dropout on the inputs) is taken as rngs give it"
                 )
+        if self.spread is not None:
+            operands = averaged(self, operands)
         if all(isinstance(v, Const) for v in operands):
             return const_rule(self, operands)
         rule: Callable | None = RULES.get(equation.name) or (nonlinear if self.is_pointwise() else None)
@@ -315,10 +327,11 @@ class Walk:
         for shape, real in zip(program.input_shapes, program.floating, strict=True):
             if not real:
                 continue
-            # one perturbation per feature, the same for every example: only same-example moments are used
+            # one perturbation per feature, the same for every example: only same-example moments are used; where the
+            # examples are coupled every one has its own
             strides = [0] * len(shape)
             step = 1
-            for axis in range(len(shape) - 1, 0, -1):
+            for axis in range(len(shape) - 1, 0 if self.spread is None else -1, -1):
                 strides[axis], step = step, step * shape[axis]
             view = WeightView(-1, True, offset, tuple(shape), tuple(strides))
             values[next(numbers)] = self.as_field(view, self.positions(shape))
