@@ -16,12 +16,13 @@ from initjax.gaussian.activation import Activation, as_activation
 from initjax.gaussian.closed import FORMS, recognise
 from initjax.gaussian.dual import SNAP, cross
 from initjax.gaussian.matrix import CHUNK, _interpolation, _terms
-from initjax.gaussian.series import coefficients, series
+from initjax.gaussian.series import RESOLVED, coefficients, series
 from initjax.trace.jaxpr import float64
 
 _SMALL = 4096  # entries up to which NumPy is faster than a compiled pass
 _NEAR, _RARE = 0.97, 0.02  # above this |c| are so few entries of a tile that they are summed on their own
 CUT = 1e-15  # of what may be left out of a sum, relative to sqrt(E[f^2] E[g^2])
+_TALLEST = 1024  # terms of a table
 _PAD = 128  # sides are padded to multiples, so that few shapes are compiled
 
 
@@ -165,6 +166,11 @@ def table_of(act: Activation, low: float, high: float, at_least: int = 0) -> np.
 
 
 def _tabulated(act: Activation, low: float, high: float, at_least: int) -> np.ndarray | None:
+    # wide Gaussians see a smooth function as a kink (gelu at q = 100 has 9000 terms): a table of some hundred such rows
+    # takes minutes, the quadrature of all pairs seconds
+    probe, square = coefficients(act, 2.0**high, _TALLEST)
+    if float(np.sum(probe[-_TALLEST // 8 :] ** 2)) > RESOLVED * square:
+        return None
     ends = [series(act, 2.0**v) for v in (low, high)]
     if not all(r.resolved for r in ends):
         return None
