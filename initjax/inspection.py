@@ -296,6 +296,7 @@ def measured_kernels(functional: Any, inputs: Any, key: Any, draws: int) -> list
     from initjax.trace.jaxpr import float64
 
     ntk_fn = empirical_ntk(functional.apply)
+    inputs = jax.tree.map(jax.numpy.asarray, inputs)  # NumPy's int64 tokens are int32 outside of float64(), and stay so
     kernels = []
     for one in jax.random.split(key, 1 if functional.values is not None else draws):
         params = functional.init(one)

@@ -82,6 +82,18 @@ def test_models_outside_the_theory_are_measured_and_it_is_said():
     assert 0 < forecast.slowest_mode.value < math.inf
 
 
+@pytest.mark.x64_off
+def test_tokens_of_numpy_have_a_measured_kernel_without_64_bit_types():
+    class Attention(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            x = nn.Embed(7, 8)(tokens)
+            return nn.Dense(2)((x + nn.MultiHeadDotProductAttention(1)(x)).mean(axis=1))
+
+    forecast = ij.trainability(Attention(), np.arange(12).reshape(4, 3) % 7, seeds=1)
+    assert "measured" in forecast.max_learning_rate.assumption and 0 < forecast.max_learning_rate.value < math.inf
+
+
 def test_report_is_printable_and_plain(found):
     from rich.console import Console
 
