@@ -103,6 +103,19 @@ def test_one_of_several_outputs_by_init_and_apply_of_a_module():
     np.testing.assert_allclose(kernel(X).ntk, plain(X).ntk, rtol=1e-12)
 
 
+def test_a_norm_of_weights_alone_is_refused_by_name():
+    """Learned queries, normed before they meet the data."""
+
+    class Queries(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            queries = self.param("queries", nn.initializers.normal(1.0), (1, 3, 32), x.dtype)
+            return nn.Dense(1)((nn.LayerNorm()(queries) + nn.Dense(32)(x)).mean(axis=1))
+
+    with pytest.raises(UnsupportedLayerError, match="nonlinear function of the weight queries alone"):
+        ij.kernel_fn(Queries(), SEQUENCE)
+
+
 def test_a_tiled_class_token_is_a_broadcast():
     class Token(nn.Module):
         tile: bool

@@ -372,6 +372,8 @@ def nonlinear(walk: Walk, operands):
 def _square(walk: Walk, operands):
     """The square of a sum of different fields, whose mean over channels is a second moment (norms of a stream)."""
     assert walk.equation is not None
+    if not isinstance(operands[0], Field):
+        return nonlinear(walk, operands)
     bodies, like = aligned(walk, operands)
     body, power = bodies[0], walk.equation.params.get("y", 2)
     if power == 2 and isinstance(body, Sum) and body.terms:
