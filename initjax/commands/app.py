@@ -6,6 +6,12 @@ import click
 
 # name -> what it answers; the command itself is imported from `commands/apps/NAME.py` when it is asked for
 APPS = {
+    "conditioning": "Condition numbers of NNGP and NTK by depth.",
+    "heads": "Scale, first loss and gradient of a head on features.",
+    "input-scale": "The input scale at which an update becomes catastrophic.",
+    "recurrent": "Critical recurrent weights with an input, and memory.",
+    "residual": "Growth by skip connections, and zero branches.",
+    "symmetry": "Units that start as copies of each other, layers without gradient.",
     "signal": "Gains of linear and Xavier networks of given widths.",
 }
 
