@@ -42,7 +42,7 @@ def command(
         found = conditioning.by_depth(
             activation, scale, sigma_b, depth=depth, n=inputs, correlation=correlation, **readout
         )
-    rows = [("phase", found.phase, f"chi = {found.chi:.6g} at sigma_w = {scale:.6g}")]
+    rows: list = [("phase", found.phase, f"chi = {found.chi:.6g} at sigma_w = {scale:.6g}")]
     shown = sorted({1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, depth})
     for layer in (layer for layer in shown if layer <= depth):
         nngp, ntk = (log[layer - 1] / math.log(10) for log in (found.log_nngp, found.log_ntk))
