@@ -146,7 +146,7 @@ class Conv(nn.Module):
 @pytest.mark.slow
 def test_residual_network_of_finite_width():
     """Within 3 / r and four standard errors of 40 networks of width 64, whose own bias is of order 1 / 64."""
-    x = jax.random.normal(jax.random.key(0), (16, 4, 4, 3))
+    x = jax.random.normal(jax.random.key(0), (16, 4, 4, 3), jnp.float32)
     model = Conv()
     kernel = large(model, x)(x)
 

@@ -18,7 +18,7 @@ from initjax.infinite.compiled import Route
 from initjax.infinite.moments import Moments
 from initjax.infinite.particles import PARTICLES, Particles, StandardError, standard_error
 from initjax.infinite.tiles import evaluate, ratio
-from initjax.trace.flax import Functional, as_functional, cannot_call, check_array
+from initjax.trace.flax import Functional, as_functional, cannot_call, check_array, with_output
 from initjax.trace.initstats import LeafStats
 from initjax.trace.jaxpr import is_traced
 from initjax.trace.program import Program, read_model, trace_program
@@ -307,6 +307,7 @@ def kernel_fn(
     on_unsupported="raise",
     key=None,
     particles=PARTICLES,
+    output=None,
 ) -> KernelFunction:
     r"""Infinite-width NNGP kernel and NTK of a model, read from the module as written.
 
@@ -334,6 +335,8 @@ def kernel_fn(
         which the effective rank of the batch is large (`Kernel.batch_rank`); low rank and all else are refused.
     key : random key of the estimate; None for the same one in every call.
     particles : random channels that stand for every layer's infinitely many; the standard error falls as the root.
+    output : of a model with several outputs the one that is meant, by its path (`"policy"`, `"heads/value"`, `0`), or a
+        function of all of them.
 
     Returns
     -------
@@ -343,7 +346,8 @@ def kernel_fn(
     ------
     UnsupportedLayerError : a layer outside the exact theory, named with primitive, reason and remedy; decided here,
         over the whole program, before anything is computed.
-    InputError : no model, inputs that do not fit, unknown parameterization, a pattern that finds no leaf.
+    InputError : no model, inputs that do not fit, unknown parameterization, a pattern that finds no leaf, an output
+        that is not there.
 
     Accuracy
     --------
@@ -375,6 +379,7 @@ def kernel_fn(
             'leave it at "raise"',
         )
     functional = as_functional(model, inputs, apply_kwargs=apply_kwargs, rngs=rngs)
+    functional = functional if output is None else with_output(functional, output)
     weights = read_model(functional)
     kernel = KernelFunction(model, functional, weights, _eta(parameterization, weights))
     example = jax.tree.map(_zeros_if_abstract, inputs)

@@ -76,6 +76,40 @@ def nnx_parameters(tree):
     return nnx.to_pure_dict(nnx.state(tree, nnx.Param))
 
 
+def with_output(functional: Functional, output) -> Functional:
+    """The model with one of its outputs: by path (`"policy"`, `"heads/value"`, `0`), or a function of all of them.
+
+    Raises
+    ------
+    InputError : a path that the output does not have, or a function that cannot be called on it.
+    """
+    names = leaf_names(functional.abstract_output)
+
+    def chosen(out):
+        if callable(output):
+            return output(out)
+        return jax.tree.leaves(out)[names.index(str(output))]
+
+    if not callable(output) and str(output) not in names:
+        raise InputError(
+            f"output = {output!r}",
+            f"one of {', '.join(name or 'the whole' for name in names)}, or a function of the output",
+            "it picks the array whose kernel is computed out of what the model returns",
+            "give the path of one array, keys and indices joined by /",
+        )
+    apply = _leniently(lambda params, x: chosen(functional.apply(params, x)))
+    try:
+        abstract = jax.eval_shape(chosen, functional.abstract_output)
+    except Exception as error:
+        raise InputError(
+            f"output = {output!r}, which raised {type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            f"a function of the model's output ({', '.join(name or 'one array' for name in names)})",
+            "it is called on what the model returns",
+            "give the path of one array instead",
+        ) from error
+    return dataclasses.replace(functional, apply=apply, abstract_output=abstract)
+
+
 def layer_of(leaf_name: str) -> str:
     """The module that owns a leaf: `blocks/0/Dense_0` for `blocks/0/Dense_0/kernel`."""
     return leaf_name.rpartition("/")[0] or leaf_name
