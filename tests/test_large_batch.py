@@ -159,6 +159,8 @@ def test_residual_network_of_finite_width():
 
     found = jax.jit(lambda keys: jax.lax.map(both, keys))(jax.random.split(jax.random.key(1), 40))
     rank = min(kernel.batch_rank.values())
-    for samples, theory in zip(found, (kernel.ntk, kernel.leaves["Dense_0/kernel"]), strict=True):
+    for samples, theory in zip(
+        [np.asarray(f, float) for f in found], (kernel.ntk, kernel.leaves["Dense_0/kernel"]), strict=True
+    ):
         mean, error = samples.mean(0), samples.std(0) / np.sqrt(40)
         assert (abs(mean - theory[:3, :3]) < 4 * error + (3 / rank + 1 / 64) * abs(theory[:3, :3]).max()).all()

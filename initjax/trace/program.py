@@ -147,8 +147,8 @@ def _check_outputs(functional: Functional) -> None:
         f"the model's output is ({given})",
         "one floating array, first axis the examples",
         "a kernel is the covariance of one output",
-        "choose one, in ij.kernel_fn with output=..., elsewhere by a pair, (init_fn, lambda params, x: apply_fn(params, "
-        f"x){real[0]}); init and apply of a linen module will do"
+        "choose one, in ij.kernel_fn with output=..., elsewhere by a pair, "
+        f"(init_fn, lambda params, x: apply_fn(params, x){real[0]}); init and apply of a linen module will do"
         if real
         else "return the floating array in front of it",
         layer="output",
