@@ -249,8 +249,8 @@ def _no_weight(left, right) -> tuple[str, str]:
         )
     if any(len(v.shape) > 2 for v in (left, right) if isinstance(v, Const)):
         return (
-            "a known array meets a random field with a matrix of its own for every example (a hypernetwork): sums over "
-            "few known numbers, to which no central limit theorem applies",
+            "a known array meets a random field with a matrix of its own for every example (the adjacency of a graph, "
+            "a hypernetwork), which has no exact rule",
             _MEASURE,
         )
     return (
