@@ -151,3 +151,22 @@ def test_traced_inputs(model):
     kernel = ij.kernel_fn(model, X, rngs=RNGS)
     traced = jax.jit(lambda x: kernel(x).ntk)(jnp.asarray(X, jnp.float64))
     np.testing.assert_allclose(traced, kernel(X).ntk, rtol=1e-7)  # closed forms, tables for tanh
+
+
+def test_one_key_for_draws_of_two_shapes_is_refused():
+    """They share random bits, in an order that is the generator's own; with one shape they are one mask."""
+
+    class Twice(nn.Module):
+        widths: tuple
+
+        @nn.compact
+        def __call__(self, x):
+            key = jax.random.key(0)
+            for width in self.widths:
+                h = nn.Dense(width)(x)
+                x = nn.relu(h * jax.random.bernoulli(key, 0.5, h.shape).astype(h.dtype))
+            return nn.Dense(1)(x)
+
+    with pytest.raises(ij.UnsupportedLayerError, match="split the key"):
+        ij.kernel_fn(Twice((64, 32)), X)
+    ij.kernel_fn(Twice((64, 64)), X)

@@ -42,6 +42,14 @@ def drawn(walk, operands: list) -> Any:
     if name == "random_bits":
         with float64():  # the key is known, also while the user's function is traced
             data = np.asarray(jax.random.key_data(operands[0].value))
+        if walk.shapes_drawn.setdefault(data.tobytes(), given.shape) != given.shape:
+            raise walk.refuse(
+                "",
+                f"one random key draws arrays of shape {walk.shapes_drawn[data.tobytes()]} and {given.shape}: they may "
+                "share numbers, so they are neither independent nor the same",
+                "split the key, so that every draw has its own",
+                what="a second draw with one key",
+            )
         return Random(None, data.tobytes(), given, (True,) * len(given.shape))
     draws = [v for v in operands if isinstance(v, Random)]
     first, shape = draws[0], given.shape

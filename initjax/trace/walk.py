@@ -94,6 +94,7 @@ class Walk:
         self.program = dataclasses.replace(program, body=body)
         self.mean, self.spread, self.judges = mean, spread, judges
         self.ranks: dict[str, Any] = {}
+        self.shapes_drawn: dict[bytes, tuple[int, ...]] = {}  # random key -> shape of what it draws
         self.settled: dict[int, tuple] = {}  # statistics of the batch at their expectation
         self.arena = Arena()
         self.doubts: dict[int, UnsupportedLayerError] = {}
