@@ -246,17 +246,17 @@ def test_balance_of_an_nnx_model_makes_the_rates_equal():
 @pytest.mark.slow
 def test_residual_kernels_match_wide_networks():
     # sin, two hidden layers of 256, heat operator: covariance over initializations, empirical residual NTK
-    model, draws = network(jnp.sin, 3, width=256), 300
+    model, draws, low = network(jnp.sin, 3, width=256), 300, POINTS.astype(np.float32)
     found = residual(jnp.sin, 3, heat(0.5))
     eta = ij.kernel_fn(model, POINTS, parameterization="ntk").eta
 
     def both(key):
-        params = model.init(key, POINTS)
+        params = model.init(key, low)
 
         def r(params, x):
             return heat(0.5)(lambda y: model.apply(params, y[None])[0, 0])(x)
 
-        values, grads = jax.vmap(jax.value_and_grad(r), (None, 0))(params, POINTS)
+        values, grads = jax.vmap(jax.value_and_grad(r), (None, 0))(params, low)
         total = 0.0
         for path, leaf in jax.tree_util.tree_flatten_with_path(grads)[0]:
             name = jax.tree_util.keystr(path[1:], simple=True, separator="/")
