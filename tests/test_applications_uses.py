@@ -365,3 +365,16 @@ def test_hidden_only_scales_rise_with_curvature_and_shared_ones_fall():
     assert hidden[0] < 0.15 < 0.3 < hidden[1] < 1.0 < hidden[2] < 3.5
     everything = [learned(kappa, adapt="all", shared=True) for kappa in (10.0, 30.0)]
     assert everything[1] < 0.75 * everything[0] < 0.75
+
+
+def test_the_bias_from_a_shell():
+    import json
+
+    from click.testing import CliRunner
+
+    from initjax.cli import main
+
+    arguments = ["app", "optimism", "--r-max", "1", "--gamma", "0.9", "--variance", "0.01", "--json"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0
+    np.testing.assert_allclose(json.loads(result.output)["bias"], 10 + 0.1 * 2.3263478740408408, rtol=1e-12)

@@ -9,6 +9,7 @@ APPS = {
     "conditioning": "Condition numbers of NNGP and NTK by depth.",
     "heads": "Scale, first loss and gradient of a head on features.",
     "input-scale": "The input scale at which an update becomes catastrophic.",
+    "optimism": "The readout bias that keeps Q above every possible value.",
     "recurrent": "Critical recurrent weights with an input, and memory.",
     "residual": "Growth by skip connections, and zero branches.",
     "symmetry": "Units that start as copies of each other, layers without gradient.",
