@@ -41,6 +41,7 @@ def test_condition_numbers_at_the_edge_of_chaos():
     assert found.ntk_law.limit == 81.0
 
 
+@pytest.mark.slow
 def test_limits_are_approached():
     """To/Td -> 1/3 and 1/4, with corrections that fall like log(l) / l."""
     for phi, w, b, limit in ((jnp.tanh, EDGE_W, EDGE_B, 6.0), (jax.nn.relu, 1.0, 0.0, 13 / 3)):

@@ -55,6 +55,7 @@ def test_saturating_networks_need_root_finding(eta, published):
     np.testing.assert_allclose(eta * blocks, 2.0, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_saturated_regime_is_told():
     with pytest.warns(ij.UnreliableExpansionWarning, match="deviates by .* of its mean between random networks"):
         found = input_scale.critical(network((256, 256, 1), jnp.tanh, LECUN), X10, 1e-3)
@@ -95,6 +96,7 @@ def test_relative_updates_of_drawn_networks():
     assert np.all(np.abs(ratio - theory) < 4 * error + 0.05 * theory)  # and a bias of order depth / width
 
 
+@pytest.mark.slow
 def test_residuals_and_biases_leave_the_closed_form():
     model, x = network((64, 64, 1), nn.relu, HE, bias=True), jnp.ones((2, 8), jnp.float32).at[1, :4].set(-1.0)
     found = input_scale.critical(model, x, 1e-3, networks=0)

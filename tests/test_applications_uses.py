@@ -137,6 +137,7 @@ def test_rl_refusals():
 # ------------------------------------------------------------------ input gradients
 
 
+@pytest.mark.slow
 def test_input_gradient_is_the_product_of_chi():
     x = np.random.default_rng(5).standard_normal((2, 6))
     for phi, variance, bias in ((jnp.tanh, 1.7, 0.2), (nn.relu, 1.0, 0.0)):
@@ -149,6 +150,7 @@ def test_input_gradient_is_the_product_of_chi():
         assert (abs(found.measured - expected) < 4 * found.standard_error + 0.05 * expected).all()  # depth / width
 
 
+@pytest.mark.slow
 def test_xavier_relu_gradient_and_the_exact_power_of_alpha():
     # alpha^L 2^-(L-1) with L = 5 matrices: .0625 at alpha = 1, .475 at 1.5
     model, x = mlp(nn.relu, (64,) * 4), np.ones((1, 16))
@@ -164,6 +166,7 @@ def test_xavier_relu_gradient_and_the_exact_power_of_alpha():
     np.testing.assert_allclose(found.predicted * scaling.predicted[0] ** 2, 0.475, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_tanh_follows_chi_and_not_the_power_law():
     for alpha, chi in ((1.1, 1.0027), (1.5, 1.0406), (2.0, 1.1055), (3.0, 1.2388)):
         np.testing.assert_allclose(ij.fixed_point(jnp.tanh, alpha**0.5).chi_1, chi, atol=5e-5)

@@ -52,7 +52,7 @@ def test_kernel_is_the_same_on_one_and_on_four_devices():
 def test_memory_is_as_foreseen():
     """What the process takes beyond what it held before, with all features kept and within a budget.
 
-    XLA's threads have buffers of their own, some 30 MB, which count less the more there is to do.
+    XLA's threads have buffers of their own, 30 to 50 MB, which count less the more there is to do.
     """
     out = run(
         """
@@ -66,7 +66,7 @@ def test_memory_is_as_foreseen():
         w = [jax.random.normal(jax.random.key(i), s) / 16 for i, s in enumerate([(64, 128), (128, 128), (128, 4)])]
         apply = lambda p, x: jnp.tanh(jnp.tanh(x @ p[0]) @ p[1]).mean(1) @ p[2]
         x = jax.random.normal(jax.random.key(9), (512, 16, 64))
-        for memory in (None, "100MB"):
+        for memory in (None, "180MB"):
             ntk_fn = ij.empirical_ntk(apply, memory=memory, devices=jax.local_devices()[:1])
             foreseen = ntk_fn.explain(w, x).bytes
             ntk_fn(w, x[:8])

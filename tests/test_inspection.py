@@ -76,8 +76,9 @@ def test_measurements_lie_around_the_predictions(report):
 
 def test_spectrum_is_that_of_the_kernel(report):
     kernel = ij.kernel_fn(Tanh(), batch())(batch())
-    assert report.condition_number == float(ij.condition_number(kernel.ntk))
-    assert report.max_learning_rate == float(ij.max_learning_rate(kernel.ntk, len(batch())))
+    # rounding: the report computes more parts of the kernel in one go
+    assert report.condition_number == pytest.approx(float(ij.condition_number(kernel.ntk)), rel=1e-12)
+    assert report.max_learning_rate == pytest.approx(float(ij.max_learning_rate(kernel.ntk, len(batch()))), rel=1e-12)
 
 
 @pytest.mark.parametrize(("sigma_w", "phase"), [(0.3, "ordered"), (1.0, "critical"), (6.0, "chaotic")])
@@ -156,6 +157,7 @@ def test_table_fits_a_terminal_and_names_every_layer(report):
     assert "NTK condition number" in text and "…" not in text
 
 
+@pytest.mark.slow
 def test_table_of_a_deep_model_leaves_out_the_middle():
     found = ij.inspect(Tanh(hidden=40, width=8), batch(2), key=KEY, depth_report=False, kernels=False)
     text = text_of(found)
@@ -270,6 +272,7 @@ def test_tangent_kernels_of_a_model_that_insists_on_its_precision():
     assert report.kernels == 1 and report.condition_number_measured is not None
 
 
+@pytest.mark.slow
 def test_layers_on_a_few_inputs_and_the_spectrum_on_all():
     x = batch(100)
     found = ij.inspect(Tanh(1, 16), x, key=KEY, seeds=2)

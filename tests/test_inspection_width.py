@@ -48,6 +48,7 @@ def test_relu_networks_have_the_exact_law_and_name_the_bottleneck():
     assert "Spread over networks" in str(found._repr_html_())
 
 
+@pytest.mark.slow
 def test_tanh_networks_meet_finite_width_and_networks_of_the_module():
     w, b, widths = 1.4, 0.3, (60, 60, 60, 60)
     x = np.ones((1, 6), np.float32)

@@ -164,6 +164,7 @@ def test_critical_is_differentiable_in_parameters_of_phi(family, value, sigma_b)
         np.testing.assert_allclose(both, by_bias, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_critical_is_differentiable_in_a_parameter_that_moves_kinks_and_under_jit():
     # clip(x, -p, p) = p clip(x / p, -1, 1): sigma_w(p, b) = sigma_w(1, b / p), the same chi_1 at scaled variances
     sigma_w = lambda p: ij.critical(lambda x: jnp.clip(x, -p, p), 0.3).sigma_w  # noqa: E731

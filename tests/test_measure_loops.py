@@ -93,6 +93,7 @@ def test_recurrent_layers_of_flax_are_measured(name):
     assert np.all(np.isfinite(found.q)) and np.all(found.gradient[-1] > 0)
 
 
+@pytest.mark.slow
 def test_scanned_blocks_have_the_signals_that_theory_predicts():
     x = zoo_table.INPUTS["vectors"]
     report = ij.inspect(zoo.ScannedBlocks(), x, key=jax.random.key(3), seeds=16, kernels=False)

@@ -100,6 +100,7 @@ def test_both_methods_agree_with_the_dense_jacobian_of_the_module():
 
 
 @pytest.mark.parametrize("model", [Plain(), Residual()], ids=["plain", "residual"])
+@pytest.mark.slow
 def test_blocks_are_cut_where_all_of_the_signal_passes(model):
     x = batch(1)
     functional = as_functional(model, x)

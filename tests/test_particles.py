@@ -54,6 +54,7 @@ class Normed(nn.Module):
         return nn.Dense(1)(nn.relu(x))
 
 
+@pytest.mark.slow
 def test_estimates_lie_around_exact_kernels_and_errors_fall_as_the_root_of_particles():
     errors = []
     for particles in (2048, 8192):

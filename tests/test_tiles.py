@@ -137,6 +137,7 @@ def test_a_budget_that_is_too_small_says_what_would_do(monkeypatch):
         kernel_fn(x, memory="much")
 
 
+@pytest.mark.slow
 def test_the_budget_is_kept():
     """What NumPy and Python hold at the peak of a call, at the smallest budget and at twice that."""
     kernel_fn, _ = network("relu")

@@ -62,7 +62,7 @@ def _after(equation: Equation, at: dict[int, int], size: dict[int, tuple]) -> in
     if not alone:
         raise _Mixed
     if name == "broadcast_in_dim":
-        return params["broadcast_dimensions"][axis]
+        return int(params["broadcast_dimensions"][axis])  # NumPy's integers, where a model has computed them
     if name == "reshape":
         before = math.prod(shape[:axis])
         places = [b for b in range(len(out)) if out[b] == shape[axis] and math.prod(out[:b]) == before]
@@ -70,16 +70,16 @@ def _after(equation: Equation, at: dict[int, int], size: dict[int, tuple]) -> in
             raise _Mixed
         return places[-1]  # axes of size 1 in front hold nothing
     if name == "transpose":
-        return params["permutation"].index(axis)
+        return list(map(int, params["permutation"])).index(axis)
     if name == "squeeze":
-        return _without(axis, [d % len(shape) for d in params["dimensions"]])
+        return _without(axis, [int(d) % len(shape) for d in params["dimensions"]])
     if name == "expand_dims":
         return next(b for b in range(axis, len(out)) if b - sum(d <= b for d in params["dimensions"]) == axis)
     if name.startswith("reduce_window") or name in ("cumred", "select_and_gather_add"):
         trivial = params["window_dimensions"][axis] == 1 == params.get("window_strides", (1,) * 9)[axis]
         return axis if trivial and out[axis] == shape[axis] else _refuse()
     if name.startswith("reduce_") or name in ("argmax", "argmin"):
-        return _without(axis, list(params["axes"]))
+        return _without(axis, [int(d) for d in params["axes"]])
     if name in _ALONG:
         return axis if params["axis"] != axis else _refuse()
     if name == "rev":
