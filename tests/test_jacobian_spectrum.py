@@ -123,3 +123,21 @@ def test_what_is_refused(arguments, text):
     with pytest.raises(ij.InputError, match=text) as error:
         ij.jacobian_spectrum(*positional, q=q)
     assert all(error.value.parts)
+
+
+@pytest.mark.parametrize(
+    "weights, widths, text",
+    [
+        ("orthogonal", [64, 64, 48, 64], r"fan_out = 48 < fan_in = 64 in layer 2[\s\S]*16 directions to zero"),
+        ("orthogonal", [48, 64, 64, 64], "layers of one width"),
+        ("gaussian", [64, 64, 48, 48], "layers of one width"),
+        ("gaussian", [64, 64], "depth [+] 1 widths"),
+        ("gaussian", [64, 64.5, 64, 64], "positive whole numbers"),
+    ],
+)
+def test_the_law_is_that_of_square_layers(weights, widths, text):
+    with pytest.raises(ij.InputError, match=text) as error:
+        ij.jacobian_spectrum(jax.nn.relu, 2**0.5, depth=3, weights=weights, widths=widths)
+    assert all(error.value.parts)
+    square = ij.jacobian_spectrum(jax.nn.relu, 2**0.5, depth=3, weights=weights, widths=[64] * 4)
+    assert square.edge == ij.jacobian_spectrum(jax.nn.relu, 2**0.5, depth=3, weights=weights).edge

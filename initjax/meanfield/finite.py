@@ -98,7 +98,7 @@ def finite_width(phi, sigma_w, sigma_b=0.0, widths=(), q0=1.0) -> FiniteWidth:
     Roberts, Yaida, Hanin 2021 (arXiv:2106.10165), sections 4.3 and 5.4; Hanin and Nica 2018 (arXiv:1812.05994).
     """
     act = as_activation(phi)
-    n = _check_widths(widths)
+    n = check_widths(widths)
     w, b = (float(check_sigma(v, name).reshape(())) for v, name in ((sigma_w, "sigma_w"), (sigma_b, "sigma_b")))
     q0 = float(check_q(q0, "q0").reshape(()))
     if q0 == 0:
@@ -141,7 +141,7 @@ def finite_width(phi, sigma_w, sigma_b=0.0, widths=(), q0=1.0) -> FiniteWidth:
     )
 
 
-def _check_widths(widths) -> np.ndarray:
+def check_widths(widths) -> np.ndarray:
     n = np.atleast_1d(np.asarray(widths, dtype=np.float64)) if np.size(widths) else np.zeros(0)
     if n.ndim != 1 or np.any(~(n >= 1)) or np.any(n != np.floor(n)):
         raise InputError(

@@ -15,6 +15,7 @@ from initjax.errors import InputError, QuadratureError
 from initjax.gaussian.activation import Activation, as_activation
 from initjax.gaussian.expect import check_q, gaussian_rule, host_rule
 from initjax.gaussian.nodes import legendre
+from initjax.meanfield.finite import check_widths
 from initjax.meanfield.fixed import check_sigma, fixed_point
 from initjax.meanfield.freeprob import Curve, Law, density_at, edges, followed, traced
 from initjax.meanfield.results import result
@@ -58,7 +59,7 @@ class JacobianSpectrum:
     log_eigenvalue: Any
 
 
-def jacobian_spectrum(phi, sigma_w, sigma_b=0.0, depth=1, weights="gaussian", *, q=None, points=512):
+def jacobian_spectrum(phi, sigma_w, sigma_b=0.0, depth=1, weights="gaussian", *, q=None, points=512, widths=None):
     """The density of squared singular values of a random network's Jacobian, in the limit of infinite width.
 
     Parameters
@@ -69,6 +70,7 @@ def jacobian_spectrum(phi, sigma_w, sigma_b=0.0, depth=1, weights="gaussian", *,
     weights : "gaussian" or "orthogonal".
     q : pre-activation second moment; None (default): the fixed point that the network tends to.
     points : nodes of the density, 16 to 4096.
+    widths : n_0 .. n_L of the network at hand, to be sure that this law is its own: layers of one width.
 
     Returns
     -------
@@ -77,7 +79,8 @@ def jacobian_spectrum(phi, sigma_w, sigma_b=0.0, depth=1, weights="gaussian", *,
     Raises
     ------
     InputError : unknown `weights`, depth < 1, a variance that diverges (pass q), phi' = 0 everywhere; depth 1 with
-        orthogonal weights and a smooth phi, whose spectrum is that of sigma_w^2 phi'(h)^2 itself.
+        orthogonal weights and a smooth phi, whose spectrum is that of sigma_w^2 phi'(h)^2 itself; `widths` that differ
+        (orthogonal weights with fan_out < fan_in), or are not depth + 1 positive integers.
     QuadratureError : E[phi'^4] is infinite; a density that could not be followed.
 
     Accuracy
@@ -106,6 +109,8 @@ def jacobian_spectrum(phi, sigma_w, sigma_b=0.0, depth=1, weights="gaussian", *,
         )
     if not 16 <= int(points) <= 4096:
         raise InputError(f"points = {points}.", "16 to 4096.", "they are the nodes of the density.", "use 512.")
+    if widths is not None:
+        _check_square(widths, depth, weights)
     w, b = check_sigma(sigma_w, "sigma_w"), check_sigma(sigma_b, "sigma_b")
     w, b, depth = np.broadcast_arrays(w, b, _check_depth(depth))
     shape, w, depth = w.shape, w.ravel(), depth.ravel()
@@ -126,6 +131,33 @@ def jacobian_spectrum(phi, sigma_w, sigma_b=0.0, depth=1, weights="gaussian", *,
     scalars = [v.reshape(shape)[()] for v in (q, mean, np.maximum(spread, 0.0) * mean**2, edge, zero, top, below)]
     grids = [v.reshape(*shape, points) for v in (eigenvalue, density, curve.mass, curve.log_eigenvalue)]
     return JacobianSpectrum(*scalars, *grids)
+
+
+def _check_square(widths, depth, weights: str) -> None:
+    n = check_widths(widths)
+    if np.size(depth) != 1 or n.size != int(np.max(depth)) + 1:
+        raise InputError(
+            f"{n.size} widths and depth = {depth}.",
+            "depth + 1 widths, those of the input and of every layer, with one depth.",
+            "layer l maps n_(l-1) values to n_l.",
+            "give [n_0, ..., n_L], or leave widths out.",
+        )
+    narrows = np.flatnonzero(n[1:] < n[:-1])
+    if weights == "orthogonal" and narrows.size:
+        at = int(narrows[0])
+        raise InputError(
+            f"orthogonal weights with fan_out = {n[at + 1]:g} < fan_in = {n[at]:g} in layer {at + 1}.",
+            "square layers, widths that are all equal.",
+            f"such a W has orthonormal rows only: it maps {n[at] - n[at + 1]:g} directions to zero, and no W^T W = 1.",
+            "measure this network with ij.measured_jacobian; ij.initializers.scaled_orthogonal keeps its mean energy.",
+        )
+    if np.any(n != n[0]):
+        raise InputError(
+            f"widths {n.astype(int).tolist()}.",
+            "layers of one width.",
+            "the law of W W^T depends on fan_out / fan_in; this one is of square matrices.",
+            "measure this network with ij.measured_jacobian.",
+        )
 
 
 def _check_depth(depth) -> np.ndarray:
