@@ -1,6 +1,34 @@
-"""The inputs of `inspect` and `ntk`: the digits, or a .npy file."""
+"""The inputs of commands that take a model: the digits, or a .npy file."""
+
+from collections.abc import Callable
+
+import click
 
 from initjax.errors import InputError
+
+
+def data_options(examples: int = 32, least: int = 2) -> Callable[[Callable], Callable]:
+    """Add `--data`, `--examples` and `--shape` to a command, which gives them to `inputs_from`."""
+    options = (
+        click.option(
+            "--data", default="digits", show_default=True, help="digits, or a .npy file with examples along axis 0."
+        ),
+        click.option(
+            "--examples",
+            type=click.IntRange(least),
+            default=examples,
+            show_default=True,
+            help="How many examples to use.",
+        ),
+        click.option("--shape", help="Shape of one example, such as 8,8,1 for the digits as images."),
+    )
+
+    def add(function: Callable) -> Callable:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
 
 
 def inputs_from(data: str, examples: int, shape: str | None):

@@ -4,15 +4,13 @@ from pathlib import Path
 
 import click
 
-from initjax.commands.data import inputs_from
+from initjax.commands.data import data_options, inputs_from
 from initjax.commands.output import collected_warnings, output_options, save, show
 
 
 @click.command(name="inspect", short_help="One report on a Flax model as you wrote it.")
 @click.argument("path", metavar="module.path:Model")
-@click.option("--data", default="digits", show_default=True, help="digits, or a .npy file with examples along axis 0.")
-@click.option("--examples", type=click.IntRange(2), default=32, show_default=True, help="How many examples to use.")
-@click.option("--shape", help="Shape of one example, such as 8,8,1 for the digits as images.")
+@data_options()
 @click.option("--seeds", type=click.IntRange(2), default=8, show_default=True, help="Random networks to measure.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the random networks.")
 @output_options

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from initjax.commands.data import inputs_from
+from initjax.commands.data import data_options, inputs_from
 from initjax.commands.output import collected_warnings, output_options, save, show
 from initjax.errors import UnsupportedLayerError
 
@@ -24,9 +24,7 @@ ROWS = (
 
 @click.command(name="ntk", short_help="The tangent kernel of a Flax model and what it predicts.")
 @click.argument("path", metavar="module.path:Model")
-@click.option("--data", default="digits", show_default=True, help="digits, or a .npy file with examples along axis 0.")
-@click.option("--examples", type=click.IntRange(2), default=64, show_default=True, help="How many examples to use.")
-@click.option("--shape", help="Shape of one example, such as 8,8,1 for the digits as images.")
+@data_options(examples=64)
 @click.option("--draws", type=click.IntRange(1), default=4, show_default=True, help="Random networks.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the random networks.")
 @output_options

@@ -5,15 +5,13 @@ from pathlib import Path
 import click
 
 from initjax.commands.apps import tell
-from initjax.commands.data import inputs_from
+from initjax.commands.data import data_options, inputs_from
 from initjax.commands.output import collected_warnings, output_options
 
 
 @click.command(name="symmetry", short_help="Units that start as copies of each other, layers without gradient.")
 @click.argument("path", metavar="module.path:Model")
-@click.option("--data", default="digits", show_default=True, help="digits, or a .npy file with examples along axis 0.")
-@click.option("--examples", type=click.IntRange(1), default=32, show_default=True, help="How many examples to use.")
-@click.option("--shape", help="Shape of one example, such as 8,8,1 for the digits as images.")
+@data_options(least=1)
 @output_options
 def command(path: str, data: str, examples: int, shape: str | None, as_json: bool, out: Path | None) -> None:
     """Which units of a model start as copies of each other, and which layers have no gradient in the first step."""
